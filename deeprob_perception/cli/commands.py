@@ -1,0 +1,15 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Import every command group, so that each registers itself on `app`."""
+
+from deeprob_perception.cli import (  # noqa: F401
+    bag,
+    bench,
+    demo,
+    evaluate,
+    export,
+    models,
+    play,
+    replay,
+    sim,
+    train,
+)

@@ -1,0 +1,26 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The errors this package raises on purpose. Each message names the file, topic or value, and what to do next."""
+
+
+class PerceptionError(Exception):
+    """Base of every error that a user can mend; `deeprob` prints it as one line, nodes log it and stay up."""
+
+
+class ImageError(PerceptionError):
+    """An image message that cannot be decoded: unknown encoding, wrong size or step, corrupt stream."""
+
+
+class BagError(PerceptionError):
+    """A bag that cannot be opened, is damaged, or holds nothing to process."""
+
+
+class ModelError(PerceptionError):
+    """A model file, checkpoint or model name that is missing, corrupt or of another kind."""
+
+
+class EngineError(PerceptionError):
+    """A back end that is not installed, or that failed to load or run a model."""
+
+
+class DataError(PerceptionError):
+    """A data set folder that is missing, incomplete or inconsistent."""
