@@ -47,7 +47,8 @@ class SwinTransformer(nn.Module):
             self.patch_embed = ConvStem(in_channels, embed_dim)
         else:
             self.patch_embed = PatchEmbed(in_channels, embed_dim, patch_size)
-        rates = torch.linspace(0, drop_path_rate, sum(depths)).tolist()  # stochastic depth grows with depth (section 4.1)
+        # Stochastic depth grows with depth (section 4.1). The device is named so that a net can be laid out on `meta`.
+        rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList()
         for i, depth in enumerate(depths):
             dim = self.channels[i]
