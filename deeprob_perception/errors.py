@@ -6,7 +6,11 @@ class PerceptionError(Exception):
     """Base of every error that a user can mend; `deeprob` prints it as one line, nodes log it and stay up."""
 
 
-class ImageError(PerceptionError):
+class MessageError(PerceptionError):
+    """A serialised message that does not fit its type."""
+
+
+class ImageError(MessageError):
     """An image message that cannot be decoded: unknown encoding, wrong size or step, corrupt stream."""
 
 
