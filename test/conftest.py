@@ -14,3 +14,54 @@ def shared() -> Path:
     if not (SHARED / "data").is_dir():
         pytest.skip("needs the developers' shared data folder beside the checkout, which is absent")
     return SHARED
+
+
+@pytest.fixture(scope="session")
+def tiny_recipe() -> dict:
+    """A recipe for the smallest network with the tabletop classes."""
+    classes = {
+        "background": (0, 0, 0),
+        "table": (150, 110, 70),
+        "box": (220, 60, 50),
+        "ball": (250, 200, 40),
+        "cylinder": (60, 160, 230),
+        "mug": (170, 80, 200),
+        "robot": (90, 200, 110),
+    }
+    return {
+        "task": "segmentation",
+        "backbone": "swin-micro",
+        "head": "fpn",
+        "classes": list(classes),
+        "palette": [list(colour) for colour in classes.values()],
+        "mean": [0.485, 0.456, 0.406],
+        "std": [0.229, 0.224, 0.225],
+    }
+
+
+@pytest.fixture(scope="session")
+def tiny_net(tiny_recipe):
+    """A network with random weights whose labels vary over any picture: logits balanced on smooth colour blobs."""
+    torch = pytest.importorskip("torch", reason="the test model is made by torch's exporter (extra `train`)")
+    from deeprob_perception.nets import segmenter
+
+    random_state = torch.random.get_rng_state()
+    torch.manual_seed(7)
+    net = segmenter.build(tiny_recipe).eval()
+    blobs = torch.nn.functional.interpolate(torch.randn(4, 3, 6, 8) * 1.5, size=(96, 128), mode="bicubic")
+    with torch.no_grad():
+        logits = net(blobs)
+        mean, std = logits.mean((0, 2, 3)), logits.std((0, 2, 3))
+        net.head.classify.weight /= std[:, None, None, None] / 3
+        net.head.classify.bias.copy_(-mean / std * 3)
+    torch.random.set_rng_state(random_state)
+    return net
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory, tiny_net, tiny_recipe) -> Path:
+    """An exported model with random weights, tabletop classes and a 96 x 128 (height x width) input."""
+    from deeprob_perception.export import export_segmentation
+
+    path = tmp_path_factory.mktemp("models") / "tiny.onnx"
+    return export_segmentation(tiny_net, tiny_recipe, path, 96, 128, {"name": "tiny", "licence": "Apache-2.0"})

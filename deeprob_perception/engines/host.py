@@ -1,0 +1,18 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The machine that an engine runs on."""
+
+import platform
+from functools import cache
+from pathlib import Path
+
+
+@cache
+def processor_name() -> str:
+    """Return the CPU's name as the kernel reports it, or else the architecture."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.lower().startswith(("model name", "hardware")):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    return platform.processor() or platform.machine()

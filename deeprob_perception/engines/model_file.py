@@ -1,0 +1,134 @@
+# SPDX-License-Identifier: Apache-2.0
+"""The model file's contract: what an `.onnx` of ours says about itself, checked before a back end sees it."""
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from deeprob_perception.errors import ModelError
+
+CONTRACT = "1"
+PREFIX = "deeprob."
+REQUIRED = {"segmentation": ("name", "classes", "palette")}  # task -> metadata that it cannot do without
+
+
+@dataclass(frozen=True)
+class TensorSpec:
+    """A named input or output of fixed shape."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: np.dtype
+
+    def __str__(self) -> str:
+        return f"{self.name} {self.dtype} {list(self.shape)}"
+
+
+@dataclass(frozen=True)
+class ModelFile:
+    """A checked model: where it lies, its inputs and outputs, and its metadata without the prefix."""
+
+    path: Path
+    inputs: list[TensorSpec]
+    outputs: list[TensorSpec]
+    metadata: dict[str, str]
+
+
+def read(path: str | Path) -> ModelFile:
+    """Read and check a model file.
+
+    :raises ModelError: when it is missing, empty, damaged, no ONNX, not exported by `deeprob export`, of another contract
+        version, or does not have the inputs and outputs of its task.
+    """
+    path = Path(path)
+    proto = parse(path)
+    metadata = {p.key.removeprefix(PREFIX): p.value for p in proto.metadata_props if p.key.startswith(PREFIX)}
+    if "contract" not in metadata:
+        raise ModelError(f"{path} is an ONNX file, but not one of ours (no {PREFIX}contract in it); make one by `deeprob export`")
+    if metadata["contract"] != CONTRACT:
+        raise ModelError(
+            f"{path} follows contract {metadata['contract']!r}, this version reads {CONTRACT!r}; export it again with this version"
+        )
+    weights = {tensor.name for tensor in proto.graph.initializer}
+    try:
+        inputs = [spec(value) for value in proto.graph.input if value.name not in weights]
+        outputs = [spec(value) for value in proto.graph.output]
+    except ValueError as error:
+        raise ModelError(f"{path}: {error}; export it again") from error
+    model = ModelFile(path, inputs, outputs, metadata)
+    task = metadata.get("task")
+    if task not in REQUIRED:
+        raise ModelError(f"{path} is for the task {task!r}; this version knows: {', '.join(REQUIRED)}")
+    for key in REQUIRED[task]:
+        if key not in metadata:
+            raise ModelError(f"{path} lacks the metadata {PREFIX}{key}; export it again")
+    check_segmentation(model)
+    return model
+
+
+def parse(path: Path):
+    """Return the file's `onnx.ModelProto`; raise ModelError naming what is wrong with the file."""
+    import onnx
+    from google.protobuf.message import DecodeError
+
+    if path.is_dir():
+        raise ModelError(f"{path} is a folder; give the .onnx file in it")
+    try:
+        content = path.read_bytes()
+    except FileNotFoundError:
+        raise ModelError(f"there is no model file {path}; `deeprob models list` shows the names that can be used") from None
+    except OSError as error:
+        raise ModelError(f"cannot read {path}: {error.strerror}") from error
+    if not content:
+        raise ModelError(f"{path} is empty; copy or export it again")
+    try:
+        proto = onnx.load_model_from_string(content)
+    except DecodeError:
+        raise ModelError(f"{path} is damaged or no ONNX file ({len(content)} bytes); copy or export it again") from None
+    if not proto.graph.node or not proto.graph.output:
+        raise ModelError(f"{path} is damaged or no ONNX file (it holds no graph); copy or export it again")
+    return proto
+
+
+def spec(value) -> TensorSpec:
+    """Return an `onnx.ValueInfoProto` as a TensorSpec; raise ValueError unless it is a tensor of fixed shape."""
+    import onnx
+
+    tensor = value.type.tensor_type
+    if not tensor.elem_type:
+        raise ValueError(f"{value.name} is not a tensor")
+    shape = tuple(d.dim_value for d in tensor.shape.dim)
+    if not all(n > 0 for n in shape):
+        raise ValueError(f"{value.name} has no fixed shape")
+    return TensorSpec(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
+
+
+def check_segmentation(model: ModelFile) -> None:
+    """Raise ModelError unless image, labels, confidence, classes and palette are what design contract 1 says."""
+
+    def wrong(what: str) -> ModelError:
+        return ModelError(f"{model.path} breaks the contract for segmentation models: {what}; export it again")
+
+    inputs = {s.name: s for s in model.inputs}
+    if list(inputs) != ["image"]:
+        raise wrong(f"its inputs are {list(inputs)}, not ['image']")
+    shape = inputs["image"].shape
+    if inputs["image"].dtype != np.uint8 or len(shape) != 4 or shape[0] != 1 or shape[3] != 3:
+        raise wrong(f"its input is {inputs['image']}, not uint8 [1, H, W, 3]")
+    outputs = {s.name: s for s in model.outputs}
+    for name in ("labels", "confidence"):
+        if name not in outputs:
+            raise wrong(f"it has no output {name!r}")
+        if outputs[name].dtype != np.uint8 or outputs[name].shape != shape[:3]:
+            raise wrong(f"its output is {outputs[name]}, not uint8 {list(shape[:3])}")
+    try:
+        classes = json.loads(model.metadata["classes"])
+        palette = np.array(json.loads(model.metadata["palette"]))
+    except ValueError as error:
+        raise wrong(f"classes or palette are no JSON ({error})") from error
+    if not (isinstance(classes, list) and classes and all(isinstance(name, str) for name in classes)):
+        raise wrong("classes is no list of names")
+    if palette.shape != (len(classes), 3) or palette.dtype.kind != "i" or palette.min() < 0 or palette.max() > 255:
+        raise wrong(f"palette is not {len(classes)} colours [r, g, b] of 0..255")

@@ -1,0 +1,213 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Network -> one self-describing `.onnx`: 8-bit image in, 8-bit labels out, everything between them in the graph.
+
+Weights are stored as float16 with a Cast to float32 behind each (half the file; back ends fold the casts while they load),
+under the names of the torch parameters and with their values unchanged, so that `zoo` can read them back for fine-tuning.
+Nothing is fused here for the same reason: folding batch normalisation into convolutions is the back ends' work.
+"""
+
+import contextlib
+import json
+import logging
+import os
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnx
+import onnx_ir
+import torch
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from torch import Tensor, nn
+
+from deeprob_perception.engines.model_file import CONTRACT, PREFIX
+from deeprob_perception.errors import ModelError
+
+# LayerNormalization came with 17, and TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes natively.
+OPSET = 18
+FLOAT16_MAX = 65504.0
+
+
+class SegmentationGraph(nn.Module):
+    """What is exported: uint8 `image` `[1, H, W, 3]` BGR -> uint8 `labels` `[1, H, W]`, uint8 `confidence` `[1, H, W]`."""
+
+    scale: Tensor
+    offset: Tensor
+
+    def __init__(self, net: nn.Module, recipe: dict[str, Any]):
+        super().__init__()
+        self.net = net
+        std = torch.tensor(recipe["std"], dtype=torch.float32)
+        mean = torch.tensor(recipe["mean"], dtype=torch.float32)
+        self.register_buffer("scale", (1 / (255 * std)).reshape(1, 3, 1, 1))
+        self.register_buffer("offset", (-mean / std).reshape(1, 3, 1, 1))
+
+    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
+        # Cast before transposing: TensorRT refuses a uint8 transpose.
+        x = image.to(torch.float32).permute(0, 3, 1, 2).flip(1)  # [1, 3, H, W], RGB
+        logits = self.net(x * self.scale + self.offset)  # [1, K, H, W]
+        labels = logits.argmax(1).to(torch.uint8)
+        # The largest soft-max value without the others: exp(max - logsumexp).
+        top = logits.amax(1, keepdim=True)
+        confidence = 1 / (logits - top).exp().sum(1)
+        return labels, (confidence * 255).round().to(torch.uint8)
+
+
+def export_segmentation(
+    net: nn.Module, recipe: dict[str, Any], path: Path, height: int, width: int, extra_metadata: dict[str, str]
+) -> Path:
+    """Write a segmentation network as an ONNX file that every engine reads.
+
+    :param net: `nets.segmenter.SegmentationNet` with its weights loaded.
+    :param recipe: what `net` was built from; its classes, palette, mean and std go into the file.
+    :param height: of the fixed input, pixels. :param width: likewise.
+    :param extra_metadata: `name`, `licence`, `training_data`, `metrics` (JSON); absent ones are written as unknown.
+    :returns: `path`. The file appears whole or not at all.
+    :raises ModelError: for a recipe or size that the contract cannot hold, or a folder that cannot be written.
+    """
+    path = Path(path)
+    classes, palette = list(recipe["classes"]), [list(map(int, colour)) for colour in recipe["palette"]]
+    if not 1 <= len(classes) <= 255:
+        raise ModelError(f"cannot export {len(classes)} classes: labels are 8-bit, 1 to 255 classes fit (255 means void)")
+    if len(palette) != len(classes):
+        raise ModelError(f"the recipe has {len(classes)} classes but {len(palette)} palette colours; give one for each")
+    if height < 32 or width < 32:
+        raise ModelError(f"cannot export {height}x{width}: the backbone's stride is 32, so both sides must be at least that")
+    state = net.state_dict()
+    graph = SegmentationGraph(net, recipe).cpu().eval()
+    model = trace(graph, torch.zeros(1, height, width, 3, dtype=torch.uint8), ["labels", "confidence"])
+    fold_shapes(model, {f"net.{name}" for name in state})
+    proto = onnx_ir.to_proto(model)
+    store_weights(proto, state, prefix="net.")
+    metadata = {
+        "contract": CONTRACT,
+        "task": "segmentation",
+        "name": path.stem,
+        "classes": json.dumps(classes),
+        "palette": json.dumps(palette),
+        "licence": "unknown",
+        "training_data": "unknown",
+        "metrics": "{}",
+        "recipe": json.dumps(recipe),
+        **extra_metadata,
+    }
+    for key, value in metadata.items():
+        proto.metadata_props.add(key=PREFIX + key, value=value)
+    onnx.checker.check_model(proto, full_check=True)
+    write_atomically(path, proto.SerializeToString())
+    return path
+
+
+def trace(module: nn.Module, example: Tensor, outputs: list[str]) -> onnx_ir.Model:
+    """Return the unoptimised graph of `module` with an input `image`; parameter names are torch's."""
+    with torch.no_grad(), quiet():
+        program = torch.onnx.export(
+            module,
+            (example,),
+            dynamo=True,
+            optimize=False,  # its passes transpose, merge and rename the weights
+            opset_version=OPSET,
+            input_names=["image"],
+            output_names=outputs,
+            verbose=False,
+        )
+    assert program is not None  # None is the TorchScript exporter's answer
+    return program.model
+
+
+def fold_shapes(model: onnx_ir.Model, weights: set[str]) -> None:
+    """Fold what depends on shapes alone and drop dead nodes; nodes that read a weight stay as they are."""
+
+    def should_fold(node: onnx_ir.Node) -> bool | None:
+        return False if any(value is not None and value.name in weights for value in node.inputs) else None
+
+    fold = FoldConstantsPass(
+        shape_inference=True, input_size_limit=1 << 20, output_size_limit=1 << 20, should_fold=should_fold
+    )
+    onnx_ir.passes.Sequential(
+        passes.InlinePass(),
+        onnx_ir.passes.PassManager([fold, passes.RemoveUnusedNodesPass()], steps=3, early_stop=True),
+        passes.RemoveUnusedFunctionsPass(),
+        passes.RemoveUnusedOpsetsPass(),
+        passes.IdentityEliminationPass(),
+        passes.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0),
+        passes.CommonSubexpressionEliminationPass(),
+        passes.RemoveUnusedNodesPass(),
+        passes.ClearMetadataAndDocStringPass(),
+        passes.OutputFixPass(),
+        passes.NameFixPass(),
+    )(model)
+
+
+def round_weights(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state as the exported file holds it: matrices and kernels rounded to float16, the rest unchanged.
+
+    Vectors (biases, norms) stay float32: they are small, and a running variance may exceed float16's range.
+    """
+    return {name: value.half().to(value.dtype) if in_half(value) else value for name, value in state.items()}
+
+
+def in_half(value: Tensor) -> bool:
+    return value.dtype == torch.float32 and value.ndim >= 2 and bool(value.abs().max() < FLOAT16_MAX)
+
+
+def store_weights(proto: onnx.ModelProto, state: dict[str, Tensor], prefix: str) -> None:
+    """Give the initialisers torch's parameter names (less `prefix`) and store the large ones as float16 + Cast."""
+    graph = proto.graph
+    casts = []
+    renamed: dict[str, str] = {}  # what the graph reads -> what it shall read
+    for tensor in graph.initializer:
+        name = tensor.name.removeprefix(prefix)
+        if name == tensor.name or name not in state:
+            continue
+        if in_half(state[name]):
+            renamed[tensor.name] = f"{name}/float32"
+            array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+            tensor.CopyFrom(onnx.numpy_helper.from_array(array, name))
+            casts.append(onnx.helper.make_node("Cast", [name], [f"{name}/float32"], to=onnx.TensorProto.FLOAT))
+        else:
+            renamed[tensor.name] = tensor.name = name
+    for node in graph.node:
+        for i, read in enumerate(node.input):
+            node.input[i] = renamed.get(read, read)
+    nodes = [*casts, *graph.node]
+    del graph.node[:]
+    graph.node.extend(nodes)
+    for i in reversed(range(len(graph.value_info))):
+        if graph.value_info[i].name in renamed:
+            del graph.value_info[i]
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write beside `path` and rename over it, so that no reader ever sees half a file."""
+    temporary = ""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
+            temporary = file.name
+            file.write(content)
+        os.chmod(temporary, 0o644)
+        os.replace(temporary, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.unlink(temporary)
+        raise ModelError(f"cannot write {path}: {error.strerror}; choose another --out") from error
+
+
+@contextlib.contextmanager
+def quiet() -> Iterator[None]:
+    """Silence the exporter's notes on packages that it does without (torchvision) and on its own deprecations."""
+    logger = logging.getLogger("torch.onnx")
+    level = logger.level
+    logger.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            warnings.simplefilter("ignore", DeprecationWarning)
+            yield
+    finally:
+        logger.setLevel(level)
