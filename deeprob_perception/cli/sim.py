@@ -1,1 +1,41 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deeprob sim render|record`: training frames and bags from the simulated table top."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deeprob_perception.cli import app
+
+group = typer.Typer(no_args_is_help=True, help="Simulated table top: training frames and bags (extra `sim`).")
+app.add_typer(group, name="sim")
+
+
+@group.command()
+def render(
+    frames: Annotated[int, typer.Option(help="How many frames.")],
+    out: Annotated[Path, typer.Option(help="Folder to fill with images/, labels/ and classes.json.")],
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal frames.")] = 0,
+    size: Annotated[str, typer.Option(help="Width x height, pixels.")] = "640x480",
+    views: Annotated[int, typer.Option(help="Frames per scene; fewer is more varied and a little slower.")] = 2,
+    workers: Annotated[int, typer.Option(help="Processes; the frames don't depend on it.")] = 2,
+) -> None:
+    """Render labelled training frames, a new random scene every few frames."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from deeprob_perception.sim.dataset import render_dataset
+
+    pixels = parse_size(size)
+    columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("render", total=frames)
+        render_dataset(out, frames, seed, pixels, views, workers, lambda count: progress.advance(task, count))
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return width and height from `640x480`; raise typer.BadParameter for anything else."""
+    width, cross, height = text.partition("x")
+    if not (cross and width.isdecimal() and height.isdecimal()):
+        raise typer.BadParameter(f"{text!r}: give a size as 640x480")
+    return int(width), int(height)
