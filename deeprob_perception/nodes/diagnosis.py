@@ -80,8 +80,8 @@ def _causes(facts: Facts) -> Iterator[Cause]:
     yield from _input_causes(facts)
     if facts.lost > LOST:
         yield Cause("lost", "input", Level.WARN,
-                    f"{facts.lost:.0%} of the frames on {facts.topic} are lost in transport: give the publisher's process "
-                    "the Fast DDS profile config/fastdds_large_images.xml too, or set "
+                    f"{facts.lost:.0%} of the frames on {facts.topic} are lost in transport: give the publisher's "
+                    "process the Fast DDS profile config/fastdds_large_images.xml too, or set "
                     f"qos_overrides.{facts.topic}.subscription.reliability to reliable")
     if facts.failing:
         yield Cause("failing", "input", Level.ERROR, f"the last frame could not be processed: {facts.failing}")

@@ -159,7 +159,10 @@ class Diagnostics:
             if now - self._logged.get(cause.name, -REPEAT) < REPEAT:
                 continue
             self._logged[cause.name] = now
-            (log.info if cause.level == Level.OK else log.warning)(cause.text)
+            if cause.level == Level.OK:  # rclpy wants one severity for each line of code
+                log.info(cause.text)
+            else:
+                log.warning(cause.text)
         gone = self._logged.keys() - {cause.name for cause in found}
         for name in gone:
             del self._logged[name]

@@ -79,7 +79,7 @@ class SegmentationNode(CameraNode):
             "classes": " ".join(segmenter.class_names),
         }
         # The first inference of a back end takes several times as long as the others: not on the first frame.
-        segmenter(np.zeros(engine.inputs[0].shape[1:], np.uint8), confidence=True)
+        segmenter(np.zeros(engine.inputs[0].shape[1:], np.uint8))
         segmenter.stages.clear()
         self._segmenter = segmenter
         if wrong := self._unknown_classes(self.settings["shown_classes"]):
