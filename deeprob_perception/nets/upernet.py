@@ -1,9 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """UPerNet's segmentation head (Xiao et al., "Unified Perceptual Parsing for Scene Understanding", ECCV 2018).
 
-Pyramid pooling (PSPNet) on the coarsest level, a feature pyramid (FPN) below it, and one 3 x 3 fusion of all levels. The
-layers are those of the published Swin + UPerNet checkpoints. Shapes in comments: B batch, H x W the finest level's size
-(a quarter of the image), s x s the bins of a pooling scale, D the head's width.
+Pyramid pooling (PSPNet) on the coarsest level, a feature pyramid (FPN) below it, and one 3 x 3 fusion of all levels.
+The layers are those of the published Swin + UPerNet checkpoints. Shapes in comments: B batch, H x W the finest level's
+size (a quarter of the image), h x w the coarsest's, s x s the bins of a pooling scale, D the head's width.
 """
 
 import torch
@@ -51,7 +51,8 @@ class PyramidPooling(nn.Module):
         self.bottleneck = ConvBnRelu(in_channels + len(pool_scales) * channels, channels, 3)
 
     def forward(self, x: Tensor) -> Tensor:
-        pooled = [branch(adaptive_average_pool(x, s)) for branch, s in zip(self.branches, self.pool_scales, strict=True)]
+        branches = zip(self.branches, self.pool_scales, strict=True)
+        pooled = [branch(adaptive_average_pool(x, s)) for branch, s in branches]  # each [B, D, s, s]
         return self.bottleneck(torch.cat([x] + [resize(p, x) for p in pooled], 1))  # [B, C + 4D, h, w] -> [B, D, h, w]
 
 
