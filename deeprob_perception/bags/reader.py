@@ -201,7 +201,7 @@ def _files(path: Path, warn: Warn) -> list[Path]:
         if file not in present:
             warn(f"{file} is named in metadata.yaml, but missing")
     if not present:
-        present = sorted((f for f in path.iterdir() if f.is_file() and f.name.endswith(_SUFFIXES)), key=_natural)
+        present = sorted((f for f in path.iterdir() if f.is_file() and f.name.endswith(_SUFFIXES)), key=natural_order)
     if not present:
         raise BagError(
             f"{path} is a folder without bag files ({', '.join(_SUFFIXES)}); give the bag's own folder or file"
@@ -229,6 +229,6 @@ def _listed_files(folder: Path, warn: Warn) -> list[Path]:
         return []
 
 
-def _natural(file: Path) -> tuple[object, ...]:
-    """Sort key that puts bag_2 before bag_10."""
+def natural_order(file: Path) -> tuple[object, ...]:
+    """Return a sort key that puts bag_2 before bag_10."""
     return tuple((not part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", file.name))

@@ -1,0 +1,284 @@
+# SPDX-License-Identifier: Apache-2.0
+"""A bag in -> the segmentation that the node runs, on every frame -> a bag, hashes of the masks, and a summary.
+
+Nothing here depends on clocks, threads or chance: frames are taken in the order of their log times, one after another,
+and none is dropped, so two replays of one bag with one model, back end and machine give the same masks.
+"""
+
+import hashlib
+import json
+import platform
+from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import cv2
+import numpy as np
+
+from deeprob_perception import contact_sheet, engines, video, zoo
+from deeprob_perception.bags import Bag, BagMessage, BagWriter, Topic, open_bag
+from deeprob_perception.errors import BagError, ImageError, MessageError
+from deeprob_perception.messages import cdr, images
+from deeprob_perception.segmentation import Segmenter, overlay
+from deeprob_perception.segmentation.scores import Confusion
+from deeprob_perception.timing import Stages
+
+# The names which the live node has when it runs as /segmentation.
+MASK = "/segmentation/mask"
+CONFIDENCE = "/segmentation/confidence"
+OVERLAY = "/segmentation/overlay/compressed"
+LABEL_INFO = "/segmentation/label_info"
+_SHEET_FRAMES = 12
+# Ground truth and camera frames of one stamp may be recorded this many messages apart.
+_PAIRING_WINDOW = 64
+_PACKAGES = ("deeprob_perception", "numpy", "opencv-python-headless", "openvino", "onnxruntime", "rosbags")
+
+
+@dataclass
+class Options:
+    """What to replay, and how. Paths of None are not written."""
+
+    bag: Path
+    out: Path
+    model: str
+    topic: str | None = None
+    backend: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    confidence: bool = False
+    overlay_video: Path | None = None
+    ground_truth: str | None = None  # topic; None: found by its name
+    max_frames: int | None = None
+    alpha: float = 0.5
+
+
+@dataclass
+class Replay:
+    """What came out. `summary` is ready for JSON; docs/replay.md explains its keys."""
+
+    summary: dict[str, Any]
+    contact_sheet: Path
+
+
+@dataclass
+class _Score:
+    """Pairs masks with ground truth by their stamps, whichever comes first."""
+
+    confusion: Confusion
+    frames: int = 0
+    problems: list[str] = field(default_factory=list)
+    _masks: dict[int, np.ndarray] = field(default_factory=dict)
+    _truths: dict[int, np.ndarray] = field(default_factory=dict)
+
+    def add(self, stamp: int, mask: np.ndarray | None = None, truth: np.ndarray | None = None) -> None:
+        if mask is None:
+            mask = self._masks.pop(stamp, None)
+            if mask is None and truth is not None:
+                self._keep(self._truths, stamp, truth)
+        else:
+            truth = self._truths.pop(stamp, None)
+            if truth is None:
+                self._keep(self._masks, stamp, mask)
+        if mask is not None and truth is not None:
+            try:
+                self.confusion.add(mask, truth)
+                self.frames += 1
+            except ValueError as error:
+                self.problems.append(f"stamp {stamp}: {error}")
+
+    @staticmethod
+    def _keep(waiting: dict[int, np.ndarray], stamp: int, array: np.ndarray) -> None:
+        waiting[stamp] = array
+        if len(waiting) > _PAIRING_WINDOW:
+            waiting.pop(next(iter(waiting)))
+
+
+def replay(
+    options: Options,
+    on_frame: Callable[[int, int], None] = lambda done, total: None,
+    warn: Callable[[str], None] | None = None,
+) -> Replay:
+    """Replay a bag: write masks, labels, overlay (and confidence) to `options.out`, and a contact sheet PNG beside it.
+
+    A frame that cannot be read is named in the summary and left out; the run goes on.
+    :param on_frame: called after each frame with their number so far and in all.
+    :raises BagError: when the bag or topic cannot be read, or holds not one good frame.
+    :raises ModelError, EngineError: when the model cannot be loaded.
+    """
+    if options.out.resolve() == options.bag.resolve():
+        raise BagError(f"--out {options.out} is the bag to replay; give another file")
+    model = zoo.resolve(options.model)
+    opening = open_bag(options.bag) if warn is None else open_bag(options.bag, warn)
+    with opening as bag:
+        topic = bag.image_topic(options.topic)
+        truth_topic = _truth_topic(bag, options.ground_truth)
+        engine = engines.load(model, backend=options.backend, precision=options.precision, threads=options.threads)
+        segmenter = Segmenter(engine)
+        # The first inference allocates and would stand out in the stage times.
+        segmenter(np.zeros((engine.inputs[0].shape[1], engine.inputs[0].shape[2], 3), np.uint8))
+        segmenter.stages.clear()
+        run = _Run(options, bag, topic, truth_topic, segmenter)
+        run.go(on_frame)
+        summary = {
+            "bag": {"path": str(options.bag), "sha256": {f.name: zoo.checksum(f) for f in _whole(bag)}, "damage": bag.damage},
+            "topic": topic.name,
+            "model": {"name": engine.metadata.get("name", model.stem), "sha256": zoo.checksum(model)},
+            "backend": engine.backend,
+            "precision": engine.precision,
+            "device": engine.device,
+            "versions": _versions(),
+            "out": str(options.out),
+            **run.summary(),
+        }
+    return Replay(summary, run.sheet_path)
+
+
+class _Run:
+    """One pass over the bag."""
+
+    def __init__(self, options: Options, bag: Bag, topic: Topic, truth_topic: Topic | None, segmenter: Segmenter):
+        self.options, self.bag, self.topic, self.truth_topic, self.segmenter = options, bag, topic, truth_topic, segmenter
+        self.hashes: list[str] = []
+        self.stamps: list[int] = []
+        self.skipped: list[dict[str, Any]] = []
+        self.sheet_path = options.out.with_suffix(".png")
+        self.score = _Score(Confusion(len(segmenter.class_names)))
+        self._stages = Stages()
+        self._total = topic.count if options.max_frames is None else min(topic.count, options.max_frames)
+        self._on_sheet = set(contact_sheet.evenly(self._total, _SHEET_FRAMES))
+        self._cells: list[tuple[str, list[np.ndarray]]] = []
+        self._video: video.VideoWriter | None = None
+
+    def go(self, on_frame: Callable[[int, int], None]) -> None:
+        options = self.options
+        topics = [self.topic.name] + ([self.truth_topic.name] if self.truth_topic else [])
+        with ExitStack() as stack:
+            out = stack.enter_context(BagWriter(options.out))
+            out.add_topic(LABEL_INFO, cdr.STRING, latched=True)
+            out.add_topic(MASK, cdr.IMAGE)
+            if options.confidence:
+                out.add_topic(CONFIDENCE, cdr.IMAGE)
+            out.add_topic(OVERLAY, cdr.COMPRESSED_IMAGE)
+            if options.overlay_video is not None:
+                self._video = stack.enter_context(video.VideoWriter(options.overlay_video))
+            seen = 0
+            for message in self.bag.messages(topics):
+                if self.truth_topic is not None and message.topic == self.truth_topic:
+                    self._truth(message)
+                    continue
+                if message.topic != self.topic or seen >= self._total:
+                    continue
+                try:
+                    self._frame(out, message, seen)
+                except MessageError as error:
+                    self.skipped.append({"frame": seen, "log_time": message.log_time, "reason": str(error)})
+                seen += 1
+                on_frame(seen, self._total)
+            if not self.hashes:
+                # Leaves no bag without masks behind; replay() says why there is none.
+                raise BagError(self._nothing())
+        self._write_sheet()
+
+    def _nothing(self) -> str:
+        first = self.skipped[0]["reason"] if self.skipped else "it holds no frames"
+        return f"{self.options.bag}: not one image of {self.topic.name} could be read: {first}"
+
+    def _frame(self, out: BagWriter, message: BagMessage, index: int) -> None:
+        options, stages = self.options, self._stages
+        with stages.measure("total"):
+            with stages.measure("decode"):
+                camera = cdr.deserialize(message.raw, message.topic.msgtype)
+                bgr = images.to_bgr(camera)
+            result = self.segmenter(bgr, confidence=options.confidence)
+            with stages.measure("overlay"):
+                drawn = overlay.draw(bgr, result.labels, self.segmenter.palette, options.alpha)
+            with stages.measure("write"):
+                stamp = cdr.stamp_ns(camera.header)
+                header = cdr.make_header(stamp, camera.header.frame_id)
+                if not self.hashes:
+                    names = cdr.make_string(label_info(self.segmenter.class_names))
+                    out.write(LABEL_INFO, message.log_time, names)
+                out.write(MASK, message.log_time, images.make_image(result.labels, "mono8", header))
+                if result.confidence is not None:
+                    out.write(CONFIDENCE, message.log_time, images.make_image(result.confidence, "mono8", header))
+                out.write(OVERLAY, message.log_time, images.make_compressed(drawn, header, "jpeg"))
+        if self._video is not None:
+            self._video.write(drawn, stamp or message.log_time)
+        if index in self._on_sheet:
+            self._cells.append((f"frame {index}, {stamp / 1e9:.3f} s", [bgr.copy(), drawn]))
+        self.score.add(stamp, mask=result.labels)
+        self.hashes.append(mask_hash(result.labels))
+        self.stamps.append(stamp)
+
+    def _truth(self, message: BagMessage) -> None:
+        try:
+            truth = cdr.deserialize(message.raw, message.topic.msgtype)
+            ids = images.to_array(truth)
+            if ids.ndim != 2 or ids.dtype != np.uint8:
+                raise ImageError(f"ground truth on {message.topic.name} is {ids.dtype} {list(ids.shape)}; expected mono8")
+            self.score.add(cdr.stamp_ns(truth.header), truth=ids)
+        except MessageError as error:
+            self.score.problems.append(str(error))
+
+    def _write_sheet(self) -> None:
+        title = f"{self.options.bag.name}  {self.topic.name}: {len(self.hashes)} frames"
+        sheet = contact_sheet.draw(self._cells, title, self.segmenter.class_names, self.segmenter.palette)
+        if not cv2.imwrite(str(self.sheet_path), sheet):
+            raise BagError(f"cannot write {self.sheet_path}")
+
+    def summary(self) -> dict[str, Any]:
+        stages = {**self._stages.summary(), **self.segmenter.stages.summary()}
+        order = ("decode", "resize", "infer", "overlay", "write", "total")
+        found: dict[str, Any] = {
+            "frames": len(self.hashes),
+            "skipped": self.skipped,
+            "hashes": self.hashes,
+            "stamps": self.stamps,
+            "stages": {name: stages[name] for name in order if name in stages},
+        }
+        if self.truth_topic is not None:
+            score = self.score.confusion.report(self.segmenter.class_names) if self.score.frames else {}
+            found["ground_truth"] = {
+                "topic": self.truth_topic.name,
+                "frames": self.score.frames,
+                "problems": self.score.problems,
+                **score,
+            }
+        return found
+
+
+def mask_hash(labels: np.ndarray) -> str:
+    """Return the sha256 of a mask, its size included."""
+    digest = hashlib.sha256(f"{labels.shape[1]}x{labels.shape[0]}\n".encode())
+    digest.update(np.ascontiguousarray(labels).data)
+    return digest.hexdigest()
+
+
+def label_info(class_names: list[str]) -> str:
+    """Return the class names as the JSON that the live node publishes, `{"0": "background", ...}`."""
+    return json.dumps(dict(enumerate(class_names)))
+
+
+def _truth_topic(bag: Bag, name: str | None) -> Topic | None:
+    """Return the topic of true masks: the one called `name`, or an image topic with `ground_truth` and `mask` in its name."""
+    if name is not None:
+        return bag.image_topic(name)
+    return next((t for t in bag.image_topics() if "ground_truth" in t.name and "mask" in t.name), None)
+
+
+def _whole(bag: Bag) -> list[Path]:
+    """Return the bag's files as they lie on disk (a compressed one is read from a copy)."""
+    return [bag.path] if bag.path.is_file() else [file for file in bag.files if file.parent == bag.path]
+
+
+def _versions() -> dict[str, str]:
+    versions = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return versions
