@@ -1,1 +1,63 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deeprob eval ...`: score the model file that runs on the robot, by the engine that runs it."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deeprob_perception.cli import app
+
+eval_app = typer.Typer(no_args_is_help=True, help="Score a model on labelled data.")
+app.add_typer(eval_app, name="eval")
+
+
+@eval_app.command()
+def segmentation(
+    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (8-bit, pixel = class id; other ids are void).")],
+    model: Annotated[str, typer.Option(help="Model name or .onnx file.")],
+    backend: Annotated[str, typer.Option(help="Engine: auto, openvino, onnxruntime.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the engine's choice.")] = 0,
+    only: Annotated[str | None, typer.Option(help="Score the images whose names begin so (comma-separated).")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """Report IoU per class, mean IoU and pixel accuracy, at the data's own resolution."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from deeprob_perception import engines, zoo
+    from deeprob_perception.errors import DataError
+    from deeprob_perception.segmentation.dataset import find_samples, read_image, read_label
+    from deeprob_perception.segmentation.scores import Confusion
+    from deeprob_perception.segmentation.segmenter import Segmenter
+
+    samples = find_samples(data)
+    if only:
+        samples = [s for s in samples if s.name.startswith(tuple(only.split(",")))]
+        if not samples:
+            raise DataError(f"{data}: no image's name begins with {only!r}")
+    path = zoo.resolve(model)
+    engine = engines.load(path, backend=backend, precision=precision, threads=threads)
+    segmenter = Segmenter(engine)
+    names = segmenter.class_names
+    confusion = Confusion(len(names))
+    console = Console()
+    for sample in track(samples, f"{path.name} on {engine.backend} {engine.precision}", console=console):
+        confusion.add(segmenter(read_image(sample.image)).labels, read_label(sample.label, len(names)))
+    report = confusion.report(names)
+    table = Table("class", "IoU", title=f"{path.name} on {len(samples)} images of {data}")
+    for name, value in report["iou"].items():
+        table.add_row(name, "not present" if value is None else f"{value:.4f}")
+    table.add_section()
+    table.add_row("mean", f"{report['miou']:.4f}")
+    table.add_row("pixel accuracy", f"{report['pixel_accuracy']:.4f}")
+    console.print(table)
+    if json_file:
+        report |= {
+            "images": len(samples), "model": path.name, "backend": engine.backend, "precision": engine.precision,
+        }  # fmt: skip
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -1,1 +1,71 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deeprob train ...`"""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import print as show
+
+from deeprob_perception.cli import app
+from deeprob_perception.errors import DataError
+
+train_app = typer.Typer(no_args_is_help=True, help="Train a network (needs the extra `train`).")
+app.add_typer(train_app, name="train")
+
+
+@train_app.command()
+def segmentation(
+    data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (8-bit, pixel = class id).")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints, log and scores.")],
+    val: Annotated[Path | None, typer.Option(help="Folder of the same form to score at the end.")] = None,
+    classes: Annotated[str | None, typer.Option(help="`street`, `tabletop` or a JSON file; default DATA/classes.json.")] = None,
+    only: Annotated[str | None, typer.Option(help="Train on the images whose names begin so (comma-separated).")] = None,
+    without: Annotated[str | None, typer.Option(help="Leave these out, and score on them instead of --val.")] = None,
+    backbone: Annotated[str, typer.Option(help="Backbone of the recipe.")] = "swin-micro",
+    head: Annotated[str, typer.Option(help="Head: fpn or upernet.")] = "fpn",
+    epochs: Annotated[int, typer.Option(min=1)] = 60,
+    batch_size: Annotated[int, typer.Option(min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 6e-4,
+    crop: Annotated[int, typer.Option(help="Side of the training crops, pixels; best a multiple of 32 x the window.")] = 256,
+    min_scale: Annotated[float, typer.Option(help="Smallest zoom of a crop.")] = 0.5,
+    max_scale: Annotated[float, typer.Option(help="Largest zoom of a crop.")] = 1.75,
+    drop_path: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.05,
+    precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32 or bf16.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and augment.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    eval_every: Annotated[int, typer.Option(min=0, help="Score the validation images every N epochs; 0: at the end only.")] = 0,
+    init: Annotated[str | None, typer.Option(help="Start from these weights: a model name, .safetensors or .onnx.")] = None,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+) -> None:
+    """Train a segmentation network; `torchrun --nproc-per-node N $(which deeprob) train ...` uses N GPUs."""
+    from deeprob_perception.segmentation.classes import class_set
+    from deeprob_perception.segmentation.dataset import find_samples
+    from deeprob_perception.training.data import Augmentation
+    from deeprob_perception.training.segmentation import Settings, train
+
+    if precision not in ("auto", "fp32", "bf16"):
+        raise DataError(f"--precision {precision}: want auto, fp32 or bf16")
+    found = class_set(data, classes)
+    samples = find_samples(data)
+    val_samples = find_samples(val) if val else []
+    if only:
+        samples = [s for s in samples if s.name.startswith(tuple(only.split(",")))]
+    if without:
+        val_samples = [s for s in samples if s.name.startswith(tuple(without.split(",")))]
+        samples = [s for s in samples if s not in val_samples]
+    weights = None
+    if init:
+        from deeprob_perception import zoo
+
+        _, weights = zoo.load_checkpoint(Path(init) if Path(init).exists() else zoo.resolve(init))
+    settings = Settings(
+        backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        drop_path=drop_path, precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
+        augmentation=Augmentation(crop=(crop, crop), scale=(min_scale, max_scale)),
+    )  # fmt: skip
+    scores = train(samples, val_samples, found, out, settings, resume, weights)
+    if scores:
+        show({name: None if v is None else round(v, 4) for name, v in scores["iou"].items()})
+        show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")

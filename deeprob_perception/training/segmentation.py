@@ -1,0 +1,291 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Train a segmentation network on a folder of labelled images.
+
+AdamW with a cosine schedule, weighted cross-entropy plus soft Dice, an exponential moving average of the weights, which is
+what is evaluated and saved. One process, or several under `torchrun` (torch's DistributedDataParallel).
+"""
+
+import csv
+import json
+import math
+import os
+import time
+from contextlib import nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
+from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
+
+from deeprob_perception.errors import DataError
+from deeprob_perception.nets.segmenter import IMAGENET_MEAN, IMAGENET_STD, SegmentationNet, build
+from deeprob_perception.segmentation.classes import ClassSet
+from deeprob_perception.segmentation.dataset import VOID, Sample, read_image, read_label
+from deeprob_perception.segmentation.scores import Confusion
+from deeprob_perception.training.data import Augmentation, CropDataset
+
+
+@dataclass
+class Settings:
+    """What a run is made of; written to `settings.json` beside its checkpoints."""
+
+    backbone: str = "swin-micro"
+    head: str = "fpn"
+    epochs: int = 60
+    batch_size: int = 4
+    learning_rate: float = 6e-4
+    weight_decay: float = 0.05
+    warmup_steps: int = 200
+    drop_path: float = 0.05
+    ema_decay: float = 0.998
+    gradient_clip: float = 1.0
+    dice_weight: float = 0.5
+    precision: str = "auto"
+    workers: int = 1
+    threads: int = 0
+    seed: int = 0
+    eval_every: int = 0
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+
+class Averaged(AveragedModel):
+    """Exponential moving average of weights and buffers; young averages follow faster, or they would keep the random start."""
+
+    def __init__(self, net: nn.Module, decay: float):
+        def average(old: Tensor, new: Tensor, count: Tensor) -> Tensor:
+            if not old.is_floating_point():
+                return new
+            weight = min(decay, (1 + int(count)) / (10 + int(count)))
+            return torch.lerp(new, old, weight)
+
+        super().__init__(net, avg_fn=average, use_buffers=True)
+
+
+def train(
+    train_samples: list[Sample],
+    val_samples: list[Sample],
+    classes: ClassSet,
+    out: Path,
+    settings: Settings,
+    resume: bool = False,
+    init: dict[str, Tensor] | None = None,
+) -> dict[str, Any]:
+    """Train, and leave `model.safetensors`, `last.pt` (to resume from), `log.csv` and `curves.png` in `out`.
+
+    :param init: weights to start from (fine-tuning); tensors of other shapes, as a head for other classes, are left out.
+    :returns: the scores on `val_samples` (`iou`, `miou`, `pixel_accuracy`), or an empty dict without any.
+    """
+    rank, world = start_distributed()
+    lead = rank == 0
+    torch.manual_seed(settings.seed + rank)
+    if settings.threads:
+        torch.set_num_threads(settings.threads)
+    device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else torch.device("cpu")
+    out.mkdir(parents=True, exist_ok=True)
+    recipe = {
+        "task": "segmentation", "backbone": settings.backbone, "head": settings.head, "classes": classes.names,
+        "palette": classes.palette, "mean": list(IMAGENET_MEAN), "std": list(IMAGENET_STD),
+    }  # fmt: skip
+
+    net = build(recipe, settings.drop_path).to(device, memory_format=torch.channels_last)
+    if init is not None:
+        own = net.state_dict()
+        net.load_state_dict({k: v for k, v in init.items() if k in own and own[k].shape == v.shape}, strict=False)
+    averaged = Averaged(net, settings.ema_decay)
+    data = CropDataset(train_samples, len(classes.names), settings.augmentation)
+    sampler = DistributedSampler(data, drop_last=True) if world > 1 else RandomSampler(data)
+    loader = DataLoader(
+        data, settings.batch_size, sampler=sampler, num_workers=settings.workers, drop_last=True,
+        persistent_workers=settings.workers > 0, pin_memory=device.type == "cuda", worker_init_fn=one_thread,
+    )  # fmt: skip
+    if not len(loader):
+        raise DataError(f"{len(data)} training images are too few for a batch of {settings.batch_size} on {world} processes")
+    steps = settings.epochs * len(loader)
+    optimizer = torch.optim.AdamW(parameter_groups(net, settings.weight_decay), lr=settings.learning_rate)
+    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, settings.warmup_steps))
+    criterion = SegmentationLoss(torch.from_numpy(data.frequency).float(), settings.dice_weight).to(device)
+    autocast = autocast_for(settings.precision, device)
+    mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
+
+    epoch = step = 0
+    last = out / "last.pt"
+    if resume and last.is_file():
+        state = torch.load(last, map_location=device, weights_only=True)
+        net.load_state_dict(state["net"])
+        averaged.load_state_dict(state["averaged"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        epoch, step = state["epoch"], state["step"]
+    elif lead:
+        (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
+        with (out / "log.csv").open("w", newline="") as file:
+            csv.writer(file).writerow(("step", "epoch", "learning_rate", "loss", "images_per_s", "val_miou"))
+    model = nn.parallel.DistributedDataParallel(net) if world > 1 else net
+
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns, disable=not lead) as progress:
+        bar = progress.add_task("training", total=steps, completed=step)
+        while epoch < settings.epochs:
+            net.train()
+            if isinstance(sampler, DistributedSampler):
+                sampler.set_epoch(epoch)
+            started, total_loss = time.perf_counter(), 0.0
+            for images, labels in loader:
+                images, labels = images.to(device, non_blocking=True), labels.to(device, non_blocking=True)
+                images = ((images.float() - mean) / std).contiguous(memory_format=torch.channels_last)
+                with autocast:
+                    logits = model(images)
+                loss = criterion(logits.float(), labels)
+                optimizer.zero_grad(set_to_none=True)
+                loss.backward()
+                nn.utils.clip_grad_norm_(net.parameters(), settings.gradient_clip)
+                optimizer.step()
+                schedule.step()
+                averaged.update_parameters(net)
+                total_loss += float(loss.detach())
+                step += 1
+                progress.update(bar, completed=step, description=f"epoch {epoch + 1} loss {float(loss.detach()):.3f}")
+            epoch += 1
+            if lead:
+                rate = world * settings.batch_size * len(loader) / (time.perf_counter() - started)
+                evaluate = settings.eval_every and epoch % settings.eval_every == 0 and val_samples
+                miou = scores_of(averaged.module, val_samples, recipe)["miou"] if evaluate else None
+                row = (step, epoch, f"{schedule.get_last_lr()[0]:.3e}", f"{total_loss / len(loader):.4f}", f"{rate:.2f}",
+                       "" if miou is None else f"{miou:.4f}")  # fmt: skip
+                with (out / "log.csv").open("a", newline="") as file:
+                    csv.writer(file).writerow(row)
+                if not progress.console.is_terminal:
+                    print(f"epoch {epoch}/{settings.epochs} loss {row[3]} images/s {row[4]} val mIoU {row[5]}", flush=True)
+                save_atomically(
+                    {"net": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(),
+                     "schedule": schedule.state_dict(), "epoch": epoch, "step": step}, last)  # fmt: skip
+    scores: dict[str, Any] = {}
+    if lead:
+        from deeprob_perception.zoo import save_checkpoint
+
+        save_checkpoint(out / "model.safetensors", averaged.module.state_dict(), recipe)
+        plot_log(out / "log.csv", out / "curves.png")
+        if val_samples:
+            scores = scores_of(averaged.module, val_samples, recipe)
+            (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    if world > 1:
+        dist.destroy_process_group()
+    return scores
+
+
+class SegmentationLoss(nn.Module):
+    """Cross-entropy weighted by the square root of the inverse class frequency, plus soft Dice over the batch's classes."""
+
+    weight: Tensor
+
+    def __init__(self, frequency: Tensor, dice_weight: float):
+        super().__init__()
+        weight = (frequency + 1e-3).rsqrt()
+        self.register_buffer("weight", (weight / (weight * frequency).sum()).clamp(max=6.0))
+        self.dice_weight = dice_weight
+
+    def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
+        """:param logits: float `[B, K, H, W]`; :param labels: int64 `[B, H, W]`, `VOID` where nothing is known."""
+        log_p = logits.log_softmax(1)
+        loss = F.nll_loss(log_p, labels, self.weight, ignore_index=VOID)
+        if not self.dice_weight:
+            return loss
+        valid = labels != VOID
+        one_hot = F.one_hot(labels.masked_fill(~valid, 0), logits.shape[1]).permute(0, 3, 1, 2) * valid[:, None]
+        p = log_p.exp() * valid[:, None]
+        overlap, size, truth = (p * one_hot).sum((0, 2, 3)), p.sum((0, 2, 3)), one_hot.sum((0, 2, 3))
+        dice = 1 - (2 * overlap + 1) / (size + truth + 1)
+        return loss + self.dice_weight * dice[truth > 0].mean() if bool((truth > 0).any()) else loss
+
+
+@torch.inference_mode()
+def scores_of(net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any]) -> dict[str, Any]:
+    """Score a network on whole images: `iou`, `miou`, `pixel_accuracy`."""
+    device = next(net.parameters()).device
+    mean, std = (torch.tensor(recipe[k], device=device).reshape(1, 3, 1, 1) * 255 for k in ("mean", "std"))
+    was_training = net.training
+    net.eval()
+    confusion = Confusion(len(recipe["classes"]))
+    for sample in samples:
+        image = torch.from_numpy(read_image(sample.image)[:, :, ::-1].copy()).to(device)
+        logits = net((image.permute(2, 0, 1)[None].float() - mean) / std)
+        confusion.add(logits.argmax(1)[0].cpu().numpy(), read_label(sample.label, len(recipe["classes"])))
+    net.train(was_training)
+    return confusion.report(recipe["classes"])
+
+
+def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Decay matrices and kernels only: not norms, biases, or the relative position biases (Swin's own recipe)."""
+    decayed, plain = [], []
+    for name, parameter in net.named_parameters():
+        no_decay = parameter.ndim <= 1 or "relative_position_bias_table" in name
+        (plain if no_decay else decayed).append(parameter)
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def warmup_cosine(step: int, steps: int, warmup: int) -> float:
+    """Return the factor on the learning rate: a linear rise, then half a cosine down to zero."""
+    warmup = min(warmup, steps // 10)
+    if step < warmup:
+        return (step + 1) / warmup
+    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
+
+
+def autocast_for(precision: str, device: torch.device) -> Any:
+    """Return the autocast context: bf16 where the processor computes in it, else none (emulated, it is slower than fp32)."""
+    if precision == "auto":
+        native = torch.cuda.is_bf16_supported() if device.type == "cuda" else torch.ops.mkldnn._is_mkldnn_bf16_supported()
+        precision = "bf16" if native else "fp32"
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def start_distributed() -> tuple[int, int]:
+    """Join the process group that `torchrun` describes; `(0, 1)` when there is none."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        return 0, 1
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if torch.cuda.is_available() else "gloo")
+    return dist.get_rank(), world
+
+
+def one_thread(_: int) -> None:
+    """OpenCV's own threads in a loader's worker only take the cores from the training."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def save_atomically(state: dict[str, Any], path: Path) -> None:
+    partial = path.with_suffix(".partial")
+    torch.save(state, partial)
+    partial.replace(path)
+
+
+def plot_log(log: Path, out: Path) -> None:
+    """Draw loss and validation mIoU over the epochs as a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    with log.open() as file:
+        rows = list(csv.DictReader(file))
+    figure, axis = plt.subplots(figsize=(7, 4), constrained_layout=True)
+    axis.plot([int(r["epoch"]) for r in rows], [float(r["loss"]) for r in rows], label="loss")
+    axis.set_xlabel("epoch")
+    axis.set_ylabel("training loss")
+    scored = [(int(r["epoch"]), float(r["val_miou"])) for r in rows if r["val_miou"]]
+    if scored:
+        other = axis.twinx()
+        other.plot(*zip(*scored, strict=True), "o-", color="tab:green")
+        other.set_ylabel("validation mIoU", color="tab:green")
+    figure.savefig(out, dpi=120)
+    plt.close(figure)
