@@ -33,6 +33,27 @@ def render(
         render_dataset(out, frames, seed, pixels, views, workers, lambda count: progress.advance(task, count))
 
 
+@group.command()
+def record(
+    out: Annotated[Path, typer.Option(help="The bag to write, *.mcap.")],
+    seconds: Annotated[float, typer.Option(help="Length of the recording.")] = 20.0,
+    fps: Annotated[float, typer.Option(help="Frames a second.")] = 15.0,
+    seed: Annotated[int, typer.Option(help="Equal seeds give equal recordings.")] = 0,
+    size: Annotated[str, typer.Option(help="Width x height, pixels.")] = "640x480",
+    depth_every: Annotated[int, typer.Option(help="Every n-th frame has depth, the largest part of a frame.")] = 3,
+) -> None:
+    """Record a bag: colour, camera info, depth, joint states and true labels of one moving scene."""
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+    from deeprob_perception.sim.record import record as write_bag
+
+    pixels = parse_size(size)
+    columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
+    with Progress(*columns) as progress:
+        task = progress.add_task("record", total=round(seconds * fps))
+        write_bag(out, seconds, fps, seed, pixels, depth_every, lambda count: progress.advance(task, count))
+
+
 def parse_size(text: str) -> tuple[int, int]:
     """Return width and height from `640x480`; raise typer.BadParameter for anything else."""
     width, cross, height = text.partition("x")

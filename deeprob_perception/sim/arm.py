@@ -6,7 +6,8 @@ import numpy as np
 
 from deeprob_perception.sim.materials import Materials
 
-# Name, axis in the joint's own frame (the arm stands straight up at zero, x forward), lower and upper limit (rad; m for fingers).
+# Name, axis in the joint's own frame (the arm stands straight up at zero, x forward), lower and upper limit (rad;
+# m for fingers).
 JOINTS: tuple[tuple[str, tuple[float, float, float], float, float], ...] = (
     ("base_yaw", (0, 0, 1), -1.7, 1.7),
     ("shoulder_pitch", (0, 1, 0), -0.5, 1.3),

@@ -80,7 +80,8 @@ def _render_scene(renderer: SceneRenderer, out: Path, seed: int, start: int, vie
         scene.advance(scene.time + rng.uniform(0.1, 0.7))
         frame = render_view(renderer, scene, rng, size)
         name = f"{seed}_{start + view:06d}"
-        _write(out / "images" / f"{name}.jpg", Sensor.random(rng).apply(frame.colour, rng), (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
+        picture = Sensor.random(rng).apply(frame.colour, rng)
+        _write(out / "images" / f"{name}.jpg", picture, (cv2.IMWRITE_JPEG_QUALITY, JPEG_QUALITY))
         _write(out / "labels" / f"{name}.png", frame.labels, ())
     return views
 

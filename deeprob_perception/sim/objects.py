@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The things on the table: boxes, balls, cylinders and mugs of random size and finish."""
 
+from itertools import pairwise
+
 import mujoco
 import numpy as np
 
@@ -23,7 +25,7 @@ def mug_mesh(radius: float, height: float, taper: float, wall: float) -> tuple[n
         (0.0, 0.0), (radius * 0.92, 0.0), (radius, height * 0.05), (rim, height), (rim - wall, height),
         (radius - wall, height * 0.08), (0.0, wall * 1.5)])
     # Points doubled along each edge keep the rim and the foot from being smoothed away by averaged normals.
-    profile = np.concatenate([np.linspace(a, b, 6)[:-1] for a, b in zip(profile, profile[1:], strict=False)] + [profile[-1:]])
+    profile = np.concatenate([np.linspace(a, b, 6)[:-1] for a, b in pairwise(profile)] + [profile[-1:]])
     angle = np.linspace(0, 2 * np.pi, _AROUND, endpoint=False)
     shell = np.stack([np.outer(profile[:, 0], np.cos(angle)), np.outer(profile[:, 0], np.sin(angle)),
                       np.repeat(profile[:, 1:], _AROUND, axis=1)], axis=-1).reshape(-1, 3)

@@ -3,21 +3,14 @@
 
 import os
 from dataclasses import dataclass
+from typing import Any
 
+import mujoco
 import numpy as np
 
-from deeprob_perception.errors import PerceptionError
+from deeprob_perception.sim import EGL_ADVICE, SimulationError
 from deeprob_perception.sim.camera import Camera
-
-os.environ.setdefault("MUJOCO_GL", "egl")
-
-import mujoco  # noqa: E402  reads MUJOCO_GL when imported
-
-from deeprob_perception.sim.scene import Scene  # noqa: E402
-
-
-class SimulationError(PerceptionError):
-    """The simulator or its OpenGL libraries are missing or unfit."""
+from deeprob_perception.sim.scene import Scene
 
 
 @dataclass(frozen=True)
@@ -47,7 +40,7 @@ class SceneRenderer:
     """
 
     def __init__(self) -> None:
-        self._gl = None
+        self._gl: Any = None
         self._context: mujoco.MjrContext | None = None
         self._layout: tuple | None = None
         self._scene: Scene | None = None
@@ -140,13 +133,16 @@ class SceneRenderer:
     def _open(self, model: mujoco.MjModel) -> None:
         width, height = model.vis.global_.offwidth, model.vis.global_.offheight
         try:
-            from mujoco.egl import GLContext
-
+            # MuJoCo chooses at its import, which may have come before this package named EGL.
+            if os.environ["MUJOCO_GL"] == "egl":
+                from mujoco.egl import GLContext
+            else:
+                from mujoco.rendering.classic.gl_context import GLContext
             self._gl = GLContext(width, height)
             self._gl.make_current()
             self._context = mujoco.MjrContext(model, mujoco.mjtFontScale.mjFONTSCALE_100)
         except Exception as error:  # PyOpenGL and MuJoCo raise many kinds
             raise SimulationError(
-                f"cannot render off screen with EGL ({error}); install it: apt install libegl1 libgl1-mesa-dri") from error
+                f"cannot make an OpenGL context (MUJOCO_GL={os.environ['MUJOCO_GL']}: {error}); {EGL_ADVICE}") from error
         mujoco.mjr_setBuffer(mujoco.mjtFramebuffer.mjFB_OFFSCREEN, self._context)
         self._context.readDepthMap = mujoco.mjtDepthMap.mjDEPTH_ZEROFAR

@@ -12,8 +12,7 @@ from deeprob_perception.sim.surroundings import add_lights, add_room
 
 CLASSES = ("background", "table", "box", "ball", "cylinder", "mug", "robot")
 PALETTE = ((70, 70, 70), (190, 150, 100), (230, 60, 60), (250, 200, 40), (60, 170, 230), (170, 80, 220), (70, 200, 110))
-_OBJECTS = ("box", "ball", "cylinder", "mug")
-_TIMESTEP = 0.004  # s
+OBJECTS = ("box", "ball", "cylinder", "mug")
 
 
 class Scene:
@@ -23,7 +22,8 @@ class Scene:
     """
 
     def __init__(self, seed: int | tuple[int, ...], duration: float = 20.0, multisamples: int = 0, shadow_map: int = 1024,
-                 size: tuple[int, int] = (640, 480), clutter: tuple[int, int] = (5, 16)):
+                 size: tuple[int, int] = (640, 480), clutter: tuple[int, int] = (5, 16),
+                 kinds: tuple[str, ...] = (), timestep: float = 0.004):
         """Draw and settle the scene.
 
         :param duration: seconds for which the arm has somewhere to go.
@@ -31,10 +31,12 @@ class Scene:
         :param shadow_map: side of the shadow map, texels.
         :param size: largest picture that will be rendered, width and height.
         :param clutter: smallest and largest number of objects.
+        :param kinds: the objects to put on the table, instead of a random lot.
+        :param timestep: physics step, seconds; pictures are taken at multiples of it.
         """
         rng = np.random.default_rng(seed)
         spec = mujoco.MjSpec()
-        spec.option.timestep = _TIMESTEP
+        spec.option.timestep = timestep
         visual = spec.visual
         visual.global_.offwidth, visual.global_.offheight = size
         visual.quality.offsamples, visual.quality.shadowsize = multisamples, shadow_map
@@ -47,8 +49,10 @@ class Scene:
         base, yaw = self._arm_base(rng)
         add_arm(spec, materials, rng, base, yaw)
         factory = ObjectFactory(spec, materials, rng)
-        for place in self._places(rng, base, int(rng.integers(clutter[0], clutter[1] + 1))):
-            factory.add(str(rng.choice(_OBJECTS)), np.array([*place, self.room.table_top]))
+        count = len(kinds) or int(rng.integers(clutter[0], clutter[1] + 1))
+        for index, place in enumerate(self._places(rng, base, count)):
+            kind = kinds[index] if kinds else str(rng.choice(OBJECTS))
+            factory.add(kind, np.array([*place, self.room.table_top]))
         spec.worldbody.add_camera(name="camera")
         self.object_names = tuple(factory.names)
         self.model = spec.compile()
@@ -79,7 +83,7 @@ class Scene:
 
     def advance(self, time: float) -> None:
         """Move the arm along its trajectory and let the objects react, up to `time` seconds."""
-        steps = round((time - self.data.time) / _TIMESTEP)
+        steps = round((time - self.data.time) / self.model.opt.timestep)
         for _ in range(steps):
             self._place_arm()
             mujoco.mj_step(self.model, self.data)

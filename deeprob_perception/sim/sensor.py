@@ -49,14 +49,14 @@ class Sensor:
         height, width = bgr.shape[:2]
         if self.vignette > 0:
             y, x = np.linspace(-1, 1, height, dtype=np.float32), np.linspace(-1, 1, width, dtype=np.float32)
-            picture *= (1.0 - self.vignette * 0.5 * (y[:, None] ** 2 + x[None] ** 2))[..., None]
+            picture = picture * (1.0 - np.float32(self.vignette * 0.5) * (y[:, None] ** 2 + x[None] ** 2))[..., None]
         if self.blur > 0:
             picture = cv2.GaussianBlur(picture, (0, 0), self.blur)
         if any(self.motion):
             picture = cv2.filter2D(picture, -1, _streak(*self.motion))
         if self.shot_noise > 0 or self.read_noise > 0:
             variance = np.clip(picture, 0, 255) * np.float32(self.shot_noise**2 / 255.0) + np.float32(self.read_noise**2)
-            picture += np.sqrt(variance) * rng.standard_normal(picture.shape, np.float32)
+            picture = picture + np.sqrt(variance) * rng.standard_normal(picture.shape, np.float32)
         return np.clip(picture + 0.5, 0, 255).astype(np.uint8)
 
 

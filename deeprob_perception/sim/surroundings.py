@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """Everything that is not on the table: the table itself, the room, lights, and things that belong to no class."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import mujoco
 import numpy as np
@@ -28,7 +30,7 @@ def add_room(spec: mujoco.MjSpec, materials: Materials, rng: np.random.Generator
                 table_half=(rng.uniform(0.4, 0.62), rng.uniform(0.33, 0.5)), table_top=rng.uniform(0.55, 0.85))
     world, count = spec.worldbody, 0
 
-    def background(kind: mujoco.mjtGeom, size: list[float], pos: list[float], material: str, **options) -> None:
+    def background(kind: mujoco.mjtGeom, size: list[float], pos: list[float], material: str, **options: Any) -> None:
         nonlocal count
         world.add_geom(name=f"background:{count}", type=kind, size=size, pos=pos, material=material,
                        contype=1 if count == 0 else 0, conaffinity=1 if count == 0 else 0, **options)
@@ -52,14 +54,15 @@ def add_room(spec: mujoco.MjSpec, materials: Materials, rng: np.random.Generator
         _wall_piece(background, surface, materials, rng, room)
     for _ in range(rng.integers(0, 5)):  # lumps on the floor: bags, cushions, bins
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.0 + 0.8 * (min(w, d) - 1.0))
-        size = rng.uniform(0.1, 0.35, 3)
-        background(mujoco.mjtGeom.mjGEOM_ELLIPSOID, size.tolist(),
-                   [far * np.cos(angle), far * np.sin(angle), size[2] * 0.8], materials.any())
+        radii = rng.uniform(0.1, 0.35, 3)
+        background(mujoco.mjtGeom.mjGEOM_ELLIPSOID, radii.tolist(),
+                   [far * np.cos(angle), far * np.sin(angle), radii[2] * 0.8], materials.any())
     _add_table(world, materials, rng, room)
     return room
 
 
-def _wall_piece(background, surface, materials: Materials, rng: np.random.Generator, room: Room) -> None:
+def _wall_piece(background: Callable[..., None], surface: Callable[..., str], materials: Materials, rng: np.random.Generator,
+                room: Room) -> None:
     """Add a poster, a shelf board or a pipe to a random wall."""
     along_x = rng.random() < 0.5  # the wall runs along x
     reach, offset = (room.half_width, room.half_depth) if along_x else (room.half_depth, room.half_width)
@@ -82,7 +85,8 @@ def _wall_piece(background, surface, materials: Materials, rng: np.random.Genera
 
 
 def _add_table(world: mujoco.MjsBody, materials: Materials, rng: np.random.Generator, room: Room) -> None:
-    (x, y), top, thick = room.table_half, room.table_top, rng.uniform(0.012, 0.03)
+    x, y = room.table_half
+    top, thick = room.table_top, rng.uniform(0.012, 0.03)
     finish = materials.flat(rng.uniform(0.5, 4.0)) if rng.random() < 0.7 else materials.plain()
     solid = {"contype": 1, "conaffinity": 1, "condim": 6, "friction": [0.8, 0.01, 0.0005]}
     world.add_geom(name="table:0", type=_BOX, size=[x, y, thick], pos=[0, 0, top - thick], material=finish, **solid)
@@ -104,7 +108,8 @@ def _add_table(world: mujoco.MjsBody, materials: Materials, rng: np.random.Gener
 def add_lights(spec: mujoco.MjSpec, rng: np.random.Generator, room: Room) -> None:
     """Add a soft overall light and one to three lamps of slightly different colours; the first casts shadows, mostly."""
     head = spec.visual.headlight
-    head.ambient, head.diffuse, head.specular = [float(rng.uniform(0.2, 0.48))] * 3, [float(rng.uniform(0, 0.25))] * 3, [0, 0, 0]
+    head.ambient, head.diffuse = [float(rng.uniform(0.2, 0.48))] * 3, [float(rng.uniform(0, 0.25))] * 3
+    head.specular = [0, 0, 0]
     lamps = int(rng.integers(1, 4))
     for index in range(lamps):
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(0.1, 0.8 * min(room.half_width, room.half_depth))
