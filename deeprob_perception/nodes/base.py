@@ -28,10 +28,11 @@ from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
 from deeprob_perception.errors import PerceptionError
-from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize, stamp_ns
+from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
 from deeprob_perception.nodes.dds import use_large_image_profile
 from deeprob_perception.nodes.diagnostics import Diagnostics
+from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
 from deeprob_perception.nodes.traffic import Traffic, measured
@@ -113,6 +114,8 @@ class CameraNode(LifecycleNode):
             self._worker.submit(self._warm_up).result()
             self.open_outputs()
         except Exception as error:  # whatever a model file or a back end throws: the node stays up and says it
+            if not self.context.ok():
+                return FAILURE  # told to stop while loading
             self.failure = str(error) if isinstance(error, PerceptionError) else f"{type(error).__name__}: {error}"
             if not isinstance(error, PerceptionError):
                 self.get_logger().error(traceback.format_exc())
@@ -214,6 +217,8 @@ class CameraNode(LifecycleNode):
             to_bgr(deserialize(serialize(msg, msgtype), msgtype))
 
     def _handle(self, frame: Frame) -> None:
+        stamp = stamp_of(frame.raw)
+        self.traffic.stamps.add(stamp, self.get_clock().now().nanoseconds)
         wanted = self.wanted()
         if not wanted:
             self.traffic.unheard += 1
@@ -221,8 +226,6 @@ class CameraNode(LifecycleNode):
         stages = {"wait": (monotonic() - frame.arrived) * 1e3}
         with measured(stages, "decode"):
             msg = deserialize(frame.raw, self.msgtype)
-            stamp = stamp_ns(msg.header)
-            self.traffic.stamps.add(stamp, self.get_clock().now().nanoseconds)
             bgr = to_bgr(msg)
         published = 0
         for name, output in self.process(bgr, msg.header, wanted, stages):
