@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import cv2
@@ -115,7 +116,8 @@ def test_a_crop_moves_image_and_label_alike(coloured):
     agree = known = 0
     for i in range(24):
         image, label = data[i]
-        nearest = (image.permute(1, 2, 0).int() - torch.tensor(COLOURS[:, ::-1].copy()).int()[:, None, None]).abs().sum(-1).argmin(0)
+        distance = image.permute(1, 2, 0).int() - torch.tensor(COLOURS[:, ::-1].copy()).int()[:, None, None]
+        nearest = distance.abs().sum(-1).argmin(0)
         valid = label != VOID
         agree += int((nearest == label)[valid].sum())
         known += int(valid.sum())
@@ -136,7 +138,7 @@ def test_loss_ignores_void_and_falls_with_the_right_answer():
 def test_the_learning_rate_rises_then_falls_to_zero():
     factors = [warmup_cosine(s, 100, 10) for s in range(101)]
     assert factors[9] == 1.0 and factors[0] == 0.1 and factors[100] == pytest.approx(0.0)
-    assert all(a >= b for a, b in zip(factors[10:], factors[11:], strict=False))
+    assert all(a >= b for a, b in pairwise(factors[10:]))
 
 
 def toy_settings(**changes) -> Settings:
