@@ -46,6 +46,7 @@ setup(
         "onnxruntime>=1.20",
         "openvino>=2025.0; platform_machine == 'x86_64'",
         "av>=14",
+        "pillow>=10.1",
         "rich>=13",
         "typer>=0.15",
         "matplotlib>=3.8",
@@ -59,7 +60,7 @@ setup(
             *(
                 f"ros-jazzy-{name}=={INTERFACES}"
                 for name in (
-                    "sensor-msgs", "std-msgs", "std-srvs", "geometry-msgs", "trajectory-msgs", "diagnostic-msgs",
+                    "sensor-msgs", "std-msgs", "geometry-msgs", "trajectory-msgs", "diagnostic-msgs",
                     "nav-msgs", "visualization-msgs",
                 )
             ),

@@ -1,0 +1,50 @@
+# SPDX-License-Identifier: Apache-2.0
+# `make demo` and `make test` set up what they need in .venv by themselves; a second run starts at once.
+
+PYTHON ?=
+VENV := .venv
+BIN := $(VENV)/bin
+# Extra arguments for every `pip install`, such as an index of your own.
+PIP_FLAGS ?=
+# Passed on: make demo DEMO="--seconds 8", make test TESTS="test/test_images.py -k bayer"
+DEMO ?=
+TESTS ?= test
+PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q $(PIP_FLAGS)
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lint clean
+
+help:  ## Show the targets.
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+demo: $(VENV)/.stamp-demo  ## Sample bag -> segmentation node -> recorder, as three processes; report in out/demo/.
+	$(BIN)/deeprob demo $(DEMO)
+
+test: $(VENV)/.stamp-test $(VENV)/.stamp-rendering  ## Run the whole test suite.
+	$(BIN)/python -m pytest $(TESTS)
+
+lint: $(VENV)/.stamp-test  ## Check style and types.
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+clean:  ## Remove the virtual environment, builds, caches and out/.
+	rm -rf $(VENV) build install log out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+
+$(VENV)/.stamp-python: tools/setup.sh
+	@PYTHON='$(PYTHON)' bash tools/setup.sh venv $(VENV)
+	@touch $@
+
+$(VENV)/.stamp-demo: $(VENV)/.stamp-python setup.py
+	@echo "installing the package and ROS 2 from PyPI into $(VENV) (once; no torch)"
+	$(PIP) -e '.[ros]'
+	@touch $@
+
+# torch==2.13.0 from PyPI brings CUDA along where no CPU build is at hand (PIP_FLAGS names an index that has one).
+$(VENV)/.stamp-test: $(VENV)/.stamp-demo
+	@echo "installing torch, MuJoCo and the test tools into $(VENV) (once)"
+	$(PIP) -e '.[ros,train,sim,test]'
+	@touch $@
+
+# MuJoCo draws with the system's EGL; the stamp is left only where it works, so that a later run looks again.
+$(VENV)/.stamp-rendering: $(VENV)/.stamp-test
+	@bash tools/setup.sh rendering $(VENV) && touch $@ || true
