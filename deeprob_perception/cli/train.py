@@ -59,7 +59,7 @@ def segmentation(
     if init:
         from deeprob_perception import zoo
 
-        _, weights = zoo.load_checkpoint(Path(init) if Path(init).exists() else zoo.resolve(init))
+        _, weights = zoo.load_checkpoint(init)
     settings = Settings(
         backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         drop_path=drop_path, precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
