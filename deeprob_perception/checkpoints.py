@@ -246,7 +246,7 @@ def infer_recipe(state: State, source: str) -> dict[str, Any]:
         raise ModelError(f"{source}: a relative position table of {rows} rows fits no square window")
     recipe: dict[str, Any] = {"task": "backbone", "backbone": variant, "window_size": window}
     if "head.classify.weight" in state:
-        recipe.update(task="segmentation", head="upernet")
+        recipe.update(task="segmentation", head="upernet", head_channels=state["head.classify.weight"].shape[1])
     return recipe
 
 

@@ -67,6 +67,11 @@ def catalogue() -> dict[str, Entry]:
     return {**read_manifest(cache_dir(), shipped=False), **read_manifest(shipped_dir(), shipped=True)}
 
 
+def fetched_weights() -> dict[str, Path]:
+    """Return the weights in the cache by name: what `load_checkpoint` finds without a path."""
+    return {path.stem: path for path in sorted(cache_dir().glob("*.safetensors"))}
+
+
 def resolve(name_or_path: str | Path) -> Path:
     """Return the `.onnx` file of a model's name, or the path itself; a named one's sha256 is checked.
 
@@ -86,6 +91,8 @@ def resolve(name_or_path: str | Path) -> Path:
     entry = catalogue().get(text)
     if entry is None:
         hint = f"; `deeprob models fetch {text}` gets this one" if text in OFFICIAL else ""
+        if text in fetched_weights():
+            hint = f"; {fetched_weights()[text]} holds its weights only"
         raise ModelError(f"there is no model named {text!r}; there are: {named()}{hint}; or give an .onnx file's path")
     if not entry.path.is_file():
         raise ModelError(f"the model {text!r} should be {entry.path}, which is missing; install or fetch it again")
@@ -157,11 +164,11 @@ def fetch(source: str, name: str | None = None, size: tuple[int, int] | None = (
     :return: the weights file, and the model file or None.
     :raises ModelError: when the hub cannot be reached, or the checkpoint is not one of ours to read.
     """
-    from deeprob_perception import checkpoints
-
     folder = Path(source).expanduser()
     if not folder.is_dir():
         folder = download(OFFICIAL.get(source, source))
+    from deeprob_perception import checkpoints  # after what can fail without torch's seconds of import
+
     name = name or (source if source in OFFICIAL else Path(source).resolve().name)
     if not re.fullmatch(r"[\w-][\w.-]*", name):
         raise ModelError(f"{name!r} cannot be a model's name; give one of letters, digits, dots and dashes by --name")
@@ -236,7 +243,16 @@ def save_checkpoint(path: str | Path, state: "dict[str, Tensor]", recipe: dict[s
     return path
 
 
-def load_checkpoint(path: str | Path) -> "tuple[dict[str, Any], dict[str, Tensor]]":
+def weights_file(name_or_path: str | Path) -> Path:
+    """Return the file to fine-tune from: a path, or a name's fetched weights, or else its model file."""
+    path = Path(name_or_path)
+    fetched = cache_dir() / f"{path}.safetensors"
+    if path.suffix in (".onnx", ".safetensors") or len(path.parts) > 1 or path.is_file():
+        return path
+    return fetched if fetched.is_file() else resolve(path)
+
+
+def load_checkpoint(name_or_path: str | Path) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     """Read `(recipe, state)` from a file of `save_checkpoint` or `deeprob export`; check it against the recipe's network.
 
     An `.onnx` holds matrices and kernels in float16; the state is float32 with those rounded values.
@@ -247,7 +263,7 @@ def load_checkpoint(path: str | Path) -> "tuple[dict[str, Any], dict[str, Tensor
 
     from deeprob_perception.checkpoints import check_state
 
-    path = Path(path)
+    path = weights_file(name_or_path)
     if not path.is_file():
         raise ModelError(f"there is no checkpoint {path}")
     if path.suffix == ".onnx":

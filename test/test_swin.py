@@ -72,10 +72,8 @@ def pair(variant, window, width):
         theirs = randomize(hugging_face(variant, window, width))
         state = checkpoints.rename(theirs.state_dict(), "theirs")
         recipe = {**checkpoints.infer_recipe(state, "theirs"), "classes": ["any"] * CLASSES}
-        assert (recipe["backbone"], recipe["window_size"]) == (variant, window)
+        assert (recipe["backbone"], recipe["window_size"], recipe["head_channels"]) == (variant, window, width)
         ours = build(recipe)
-        if width != OFFICIAL_WIDTH:
-            ours = SegmentationNet(ours.backbone, UPerHead(ours.backbone.channels, CLASSES, width))
     ours.load_state_dict(state)
     return theirs, ours.eval()
 

@@ -30,12 +30,15 @@ def list_models() -> None:
     entries = zoo.catalogue()
     for name in sorted(entries):
         table.add_row(*row(entries[name]))
+    weights = {name: path for name, path in zoo.fetched_weights().items() if name not in entries}
+    for name, path in weights.items():
+        table.add_row(name, "cache", "weights only", "", f"{path.stat().st_size / 1e6:.1f}", "", "", "")
     console = Console()
-    if entries:
+    if table.row_count:
         console.print(table)
     else:
-        console.print(f"No models in {zoo.shipped_dir()} or {zoo.cache_dir()}.")
-    missing = [name for name in zoo.OFFICIAL if name not in entries]
+        console.print(f"No models in {zoo.shipped_dir()} or {zoo.cache_dir()}.", soft_wrap=True)
+    missing = [name for name in zoo.OFFICIAL if name not in entries and name not in weights]
     console.print(f"To fetch (deeprob models fetch NAME): {', '.join(missing)}", style="dim", soft_wrap=True)
 
 

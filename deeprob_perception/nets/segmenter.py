@@ -31,7 +31,7 @@ def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> SegmentationNe
     """Build the network that a recipe describes, with random weights.
 
     :param recipe: `backbone` (a name in `swin.VARIANTS`), `head` (`fpn` or `upernet`), `classes` (names in id order), and,
-        where they differ from the variant's own, `window_size`.
+        where they differ from the usual, `window_size` and `head_channels` (UPerNet's width).
     :param drop_path_rate: stochastic depth while training.
     :raises ModelError: for an unknown name, listing those that there are.
     """
@@ -49,7 +49,7 @@ def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> SegmentationNe
     elif recipe["head"] == "upernet":
         from deeprob_perception.nets.upernet import UPerHead
 
-        head = UPerHead(backbone.channels, classes)
+        head = UPerHead(backbone.channels, classes, recipe.get("head_channels", 512))
     else:
         raise ModelError(f"unknown head {recipe['head']!r}; there are: fpn, upernet")
     return SegmentationNet(backbone, head)
