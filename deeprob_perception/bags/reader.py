@@ -94,15 +94,17 @@ class Bag:
         self, storage: Storage, topics: Collection[str] | None, known: dict[tuple[str, str], Topic]
     ) -> Iterator[BagMessage]:
         channels = {c.key: known[c.topic, c.msgtype] for c in storage.channels if topics is None or c.topic in topics}
+        announced = sum(c.count for c in storage.channels if c.key in channels)
         read = 0
         try:
             for key, log_time, raw in storage.messages(list(channels)):
                 yield BagMessage(channels[key], log_time, raw)
                 read += 1
         except Damaged as error:
-            self.report(
-                f"{storage.path} is damaged after {read} messages of the topics read, the rest is lost: {error}"
-            )
+            self.report(f"{storage.path} is damaged after {read} messages, the rest is lost: {error}")
+        else:
+            if read < announced:
+                self.report(f"{storage.path} is damaged: of {announced} messages {announced - read} cannot be found")
 
     def report(self, damage: str) -> None:
         """Note damage, and warn of it the first time."""
