@@ -75,9 +75,9 @@ def test_labels_and_depth_agree_with_rays_cast_through_the_pixels(renderer, seed
         inside += 1
         assert drawn == geom.id
         assert frame.labels[v, u] == CLASSES.index(geom.name.partition(":")[0])
-        # Boxes are drawn as they are, round things with facets (the largest, 0.35 m cushions, lose 8 mm).
+        # Boxes are drawn as they are, round things with facets: up to 3 % of the radius is lost, more at a grazing angle.
         flat = geom.type[0] == mujoco.mjtGeom.mjGEOM_BOX
-        assert frame.depth[v, u] == pytest.approx(distance, abs=0.0001 if flat else 0.01)
+        assert frame.depth[v, u] == pytest.approx(distance, abs=0.0001 if flat else 0.06 * scene.model.geom_rbound[geom.id])
     assert inside > 1000
     assert edges_right >= 0.93 * edges  # half a pixel of offset leaves 73 to 88 % of them right
 
@@ -100,7 +100,8 @@ def test_a_ball_is_seen_where_its_centre_projects(renderer):
     v, u = np.nonzero(mask)
     assert (u.mean(), v.mean()) == pytest.approx(tuple(pixel), abs=0.7)
     near = frame.depth[round(pixel[1]), round(pixel[0])]
-    assert depth - near == pytest.approx(radius, rel=0.05)
+    reach = np.linalg.norm(ball - camera.pose[:3, 3])  # the ray to the centre enters one radius before it
+    assert near == pytest.approx(depth * (1 - radius / reach), abs=0.05 * radius)
 
 
 def test_every_class_is_drawn_and_nothing_else():

@@ -127,6 +127,10 @@ class SceneRenderer:
                 mujoco.mjr_uploadTexture(model, self._context, texture)
             for mesh in range(model.nmesh):
                 mujoco.mjr_uploadMesh(model, self._context, mesh)
+            # The context has copied from its first scene which material has which texture; that goes by scene, too.
+            for name in ("mat_texid", "mat_texuniform", "mat_texrepeat"):
+                mapping = getattr(model, name).ravel()
+                getattr(self._context, name)[: mapping.size] = mapping
         self._view = mujoco.MjvScene(model, maxgeom=400)
         self._scene, self._layout = scene, layout
 
