@@ -7,6 +7,7 @@ the engine and does decode -> infer -> publish. A node with several cameras woul
 
 import contextlib
 import logging
+import signal
 import traceback
 from abc import abstractmethod
 from collections.abc import Callable, Iterator
@@ -317,6 +318,8 @@ def spin(create: Callable[[], CameraNode], args: list[str] | None = None) -> int
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
     finally:
+        # Ctrl-C under `ros2 launch` comes twice, from the terminal and from launch.
+        signal.signal(signal.SIGINT, signal.SIG_IGN)
         node.close()
         executor.shutdown()
         node.destroy_node()

@@ -1,0 +1,71 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Segmentation of one camera: `ros2 launch deeprob_perception perception.launch.py image_topic:=/camera/image_raw`."""
+
+import sys
+from pathlib import Path
+
+from launch.actions import DeclareLaunchArgument, GroupAction
+from launch.conditions import IfCondition
+from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution
+from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
+
+from launch import LaunchDescription
+
+CONFIG = Path(__file__).resolve().parents[1] / "config" / "segmentation.yaml"
+AS_IN_FILE = "Empty: as params_file has it."
+
+
+def generate_launch_description() -> LaunchDescription:
+    """Declare the arguments at top level, so that --show-args is complete, and start the node with them."""
+    arguments = [
+        DeclareLaunchArgument("params_file", default_value=str(CONFIG), description="Parameters of the node, YAML."),
+        DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and its topics."),
+        DeclareLaunchArgument(
+            "image_topic", default_value="camera/image_raw",
+            description="The camera's topic; with image_transport:=compressed, the one with /compressed after it is read."),
+        DeclareLaunchArgument(
+            "image_transport", default_value="", choices=["", "raw", "compressed"],
+            description=f"sensor_msgs/Image or CompressedImage. {AS_IN_FILE}"),
+        DeclareLaunchArgument(
+            "model", default_value="",
+            description=f"A model's name (`deeprob models list`) or the path of an .onnx. {AS_IN_FILE}"),
+        DeclareLaunchArgument(
+            "backend", default_value="", choices=["", "auto", "openvino", "onnxruntime"],
+            description=f"What runs the model. {AS_IN_FILE}"),
+        DeclareLaunchArgument(
+            "use_sim_time", default_value="false", choices=["true", "false"],
+            description="Take time from /clock (a simulation, or a bag played with --clock)."),
+        DeclareLaunchArgument(
+            "log_level", default_value="info", choices=["debug", "info", "warn", "error", "fatal"],
+            description="What the node logs."),
+        DeclareLaunchArgument(
+            "autostart", default_value="true", choices=["true", "false"],
+            description="Whether the node configures and activates itself; false leaves that to a lifecycle manager."),
+    ]
+    # Parameters come in the order of these actions, so what is given on the command line beats the file.
+    given = []
+    for name in ("image_transport", "model", "backend"):
+        value = LaunchConfiguration(name)
+        given.append(SetParameter(name, value, condition=IfCondition(NotEqualsSubstitution(value, ""))))
+    node = LifecycleNode(
+        # By module and not as package and executable: that runs where the package came by pip too, and with the
+        # interpreter that has it. The node itself sets the Fast DDS profile for large images, unless the user has.
+        executable=sys.executable,
+        arguments=["-m", "deeprob_perception.nodes.segmentation"],
+        name="segmentation",
+        namespace=LaunchConfiguration("namespace"),
+        remappings=[("image", LaunchConfiguration("image_topic"))],
+        ros_arguments=["--log-level", LaunchConfiguration("log_level")],
+        output="screen",
+        emulate_tty=True,
+    )
+    return LaunchDescription([
+        *arguments,
+        GroupAction([
+            SetParametersFromFile(LaunchConfiguration("params_file")),
+            *given,
+            SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
+            SetParameter("autostart", LaunchConfiguration("autostart")),
+            node,
+        ]),
+    ])
