@@ -191,7 +191,9 @@ def _semiplanar(lines: np.ndarray, encoding: Encoding, height: int, width: int) 
     # Full chroma (4:4:4) is two bytes a pixel, so two lines of `step` hold one row. With every luma value doubled in
     # both directions it becomes a 4:2:0 picture of twice the size, which OpenCV converts by the arithmetic of NV12.
     chroma = lines[height:].reshape(height, -1)[:, : 2 * width]
-    doubled = np.concatenate((luma.repeat(2, 0).repeat(2, 1), chroma))
+    doubled = np.empty((3 * height, 2 * width), np.uint8)
+    cv2.resize(luma, (2 * width, 2 * height), dst=doubled[: 2 * height], interpolation=cv2.INTER_NEAREST)
+    doubled[2 * height :] = chroma
     return np.ascontiguousarray(cv2.cvtColor(doubled, encoding.to_bgr)[::2, ::2])
 
 
