@@ -32,6 +32,7 @@ clean:  ## Remove the virtual environment, builds, caches and out/.
 
 $(VENV)/.stamp-python: tools/setup.sh
 	@PYTHON='$(PYTHON)' bash tools/setup.sh venv $(VENV)
+	$(PIP) --upgrade pip
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python setup.py

@@ -1,1 +1,29 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deeprob demo`: camera frames in, masks out, through real ROS 2 processes, and a report."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from deeprob_perception.cli import app
+
+
+@app.command()
+def demo(
+    out: Annotated[Path, typer.Option(help="Folder for the recording, video, contact sheet and report.")] = Path("out/demo"),
+    seconds: Annotated[float | None, typer.Option(min=1, help="Play only so long (to a second).")] = None,
+    model: Annotated[str, typer.Option(help="A model's name or an .onnx file.")] = "tabletop",
+    bag: Annotated[Path | None, typer.Option(help="A bag of yours instead of the sample.")] = None,
+    backend: Annotated[str, typer.Option(help="What runs the model: auto, openvino, onnxruntime.")] = "auto",
+) -> None:
+    """Play the sample bag to a segmentation node, record the masks, and report speed and score."""
+    from rich.console import Console
+
+    from deeprob_perception.demo.run import Options, run
+
+    try:
+        run(Options(out, model, bag, seconds, backend), Console())
+    except KeyboardInterrupt:
+        typer.echo("interrupted; every process of the demo has ended", err=True)
+        raise typer.Exit(130) from None

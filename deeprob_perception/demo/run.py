@@ -1,0 +1,308 @@
+# SPDX-License-Identifier: Apache-2.0
+"""Start the demo's processes, show how they do, end them, and hand the recording on to the report."""
+
+import json
+import signal
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from datetime import datetime
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.live import Live
+from rich.table import Table
+from rich.text import Text
+
+from deeprob_perception import machine, zoo
+from deeprob_perception.bags import Topic, open_bag
+from deeprob_perception.demo import recording, report
+from deeprob_perception.demo.processes import Diagnostics, Process, isolated_environment
+from deeprob_perception.engines import model_file
+from deeprob_perception.errors import PerceptionError
+from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
+from deeprob_perception.segmentation.classes import CLASS_SETS
+from deeprob_perception.share import share_dir
+
+NODE = "segmentation"
+MASK, LABEL_INFO, DIAGNOSTICS = f"/{NODE}/mask", f"/{NODE}/label_info", "/diagnostics"
+# Loading and compiling a model on a slow, busy machine; the first run of OpenVINO compiles without its cache.
+START_LIMIT = 180.0
+# After the last frame: an inference, and two readings of the diagnostics (1 Hz) that no longer differ.
+SETTLE_LIMIT = 15.0
+LOOK = 0.1
+
+
+@dataclass
+class Options:
+    """What to show. bag: None is the sample bag that ships with the package. seconds: None plays it all."""
+
+    out: Path
+    model: str = "tabletop"
+    bag: Path | None = None
+    seconds: float | None = None
+    backend: str = "auto"
+
+
+@dataclass
+class Outcome:
+    """The summary (also in `summary.json`) and where the files are."""
+
+    summary: dict[str, Any]
+    report: Path
+
+
+def sample_bag() -> Path:
+    """Return the bag that ships with the package."""
+    return share_dir() / "bags" / "sample.mcap"
+
+
+def run(options: Options, console: Console) -> Outcome:
+    """Play a bag to a segmentation node, record what comes out, and write video, contact sheet, summary and report.
+
+    Every process is gone when this returns or raises, an interrupt included.
+    :raises PerceptionError: when ROS, the model or the bag is missing, a process dies, or no mask comes.
+    """
+    if find_spec("rclpy") is None:
+        raise PerceptionError("the demo needs ROS 2: source its setup.bash, or pip install 'deeprob_perception[ros]'")
+    bag_path = options.bag or sample_bag()
+    with open_bag(bag_path) as bag:
+        image = bag.image_topic()
+        inputs = [topic.name for topic in bag.topics if topic.name in (image.name, camera_info_of(image.name))
+                  or topic == recording.truth_topic(bag)]
+    path = zoo.resolve(options.model)
+    metadata = model_file.read(path).metadata
+    labels = recording.Labels(json.loads(metadata["classes"]), np.array(json.loads(metadata["palette"]), np.uint8))
+    files = _Files(options.out)
+    files.prepare()
+
+    with ExitStack() as stack:
+        stack.enter_context(_termination_as_interrupt())
+        demo = _Processes(stack, files.logs, console)
+        demo.start(path, options.backend, image, [*inputs, MASK, LABEL_INFO, DIAGNOSTICS], files.recorded)
+        demo.play(bag_path, 1 + len(inputs), options.seconds)
+        demo.settle()
+        stages, counters = demo.diagnostics.percentiles(), demo.counters()
+        facts = {key: demo.diagnostics.text("model", key)
+                 for key in ("name", "sha256", "backend", "precision", "device", "input")}
+        demo.end()
+
+    with console.status("reading the recording"):
+        truth = recording.truth_of(bag_path, image.name)
+        unfit = _other_classes(options.bag, labels.names)
+        try:
+            figures = recording.read(files.recorded, image.name, recording.Truth() if unfit else truth, labels,
+                                     files.video, files.sheet)
+        except PerceptionError as error:
+            raise PerceptionError(f"no mask came: {error}; {demo.hint()}") from error
+        figures.unscored = unfit or figures.unscored
+        summary = {
+            "date": datetime.now().astimezone().isoformat(timespec="seconds"),
+            "bag": {"name": bag_path.name, "topic": image.name, "sha256": zoo.checksum(bag_path) if bag_path.is_file() else ""},
+            "model": {**facts, "licence": metadata.get("licence", ""), "training_data": metadata.get("training_data", "")},
+            "frames": figures.frames,
+            "masks": figures.masks,
+            **counters,
+            # Best effort and a queue of one: a frame may be overtaken before the node's executor takes it.
+            "not_received": max(0, figures.frames - counters["received"]),
+            "seconds": figures.seconds,
+            "rate_in_hz": figures.rate_in,
+            "rate_out_hz": figures.rate_out,
+            "latency_ms": figures.latency.summary(),
+            "stages": stages,
+            "score": figures.score,
+            "unscored": figures.unscored,
+            "machine": machine.facts(),
+            "versions": machine.versions(),
+        }
+        files.summary.write_text(json.dumps(summary, indent=2) + "\n")
+        report.write(files.report, summary, figures, labels, files.video, metadata)
+    console.print(_table(summary))
+    console.print(f"report: [bold]{files.report}[/]", highlight=False)
+    return Outcome(summary, files.report)
+
+
+def camera_info_of(image_topic: str) -> str:
+    """Return the topic of the calibration beside an image topic, by image_transport's convention."""
+    return image_topic.removesuffix("/compressed").rpartition("/")[0] + "/camera_info"
+
+
+@dataclass
+class _Files:
+    """The names of what the demo leaves in its folder."""
+
+    out: Path
+
+    def __post_init__(self) -> None:
+        self.recorded, self.video = self.out / "demo.mcap", self.out / "overlay.mp4"
+        self.sheet, self.summary = self.out / "contact_sheet.png", self.out / "summary.json"
+        self.report, self.logs = self.out / "report.html", self.out / "logs"
+
+    def prepare(self) -> None:
+        """Make the folder, without what an earlier run left: nothing old may pass for a result of this one."""
+        try:
+            self.logs.mkdir(parents=True, exist_ok=True)
+            for file in (self.recorded, self.video, self.sheet, self.summary, self.report, *self.logs.glob("*.log")):
+                file.unlink(missing_ok=True)
+        except OSError as error:
+            raise PerceptionError(f"cannot write to {self.out}: {error.strerror}; name another folder with --out") from error
+
+
+class _Processes:
+    """Recorder, watcher, node and player, and what is known of them."""
+
+    def __init__(self, stack: ExitStack, logs: Path, console: Console):
+        self._stack, self._logs, self._console = stack, logs, console
+        self._environment = isolated_environment()
+        self._running: list[Process] = []
+        self._heard = 0
+
+    def _begin(self, name: str, *command: str, piped: bool = False) -> Process:
+        process = Process(name, self._logs / f"{name}.log", self._environment, *command, piped=piped)
+        self._running.append(process)
+        return self._stack.enter_context(process)
+
+    def start(self, model: Path, backend: str, image: Topic, topics: list[str], recorded: Path) -> None:
+        """Start all but the player and return when the node is active and the recorder hears its masks."""
+        self._recorder = self._begin("recorder", "deeprob_perception", "record", str(recorded),
+                                     *(word for topic in topics for word in ("--topics", topic)))
+        self.diagnostics = Diagnostics(self._begin("watch", "deeprob_perception.nodes.watch", piped=True), NODE)
+        compressed = image.msgtype == COMPRESSED_IMAGE
+        self._begin(NODE, "deeprob_perception.nodes.segmentation", "--ros-args",
+                    "-r", f"image:={image.name.removesuffix('/compressed') if compressed else image.name}",
+                    "-p", f"image_transport:={'compressed' if compressed else 'raw'}",
+                    "-p", f"model:={model}", "-p", f"backend:={backend}")
+        with self._console.status(f"starting recorder and node, loading {model.name}"):
+            self._wait(lambda: "mask" in self.diagnostics.text("output", "listened_to").split(), START_LIMIT,
+                       "the segmentation node did not get ready")
+
+    def play(self, bag: Path, listeners: int, seconds: float | None) -> None:
+        """Play the bag as soon as it has so many subscriptions; show how the node does until it or `seconds` are over."""
+        player = self._begin("player", "deeprob_perception", "play", str(bag), "--restamp",
+                             "--wait-for-subscribers", str(listeners), "--wait-timeout", str(START_LIMIT))
+        started: float | None = None
+        shown = 0.0
+        with Live(console=self._console, refresh_per_second=4, transient=not self._console.is_terminal) as live:
+            while player.status is None:
+                self._check(but=player)
+                now = time.monotonic()
+                if started is None and self.diagnostics.number("input", "received"):
+                    started = now
+                elapsed = now - started if started is not None else 0.0
+                line = self._line(elapsed)
+                live.update(line)
+                if not self._console.is_terminal and now - shown >= 2 and started is not None:
+                    shown = now
+                    self._console.print(line)
+                if seconds is not None and elapsed >= seconds:
+                    player.stop()
+                    break
+                time.sleep(LOOK)
+        if player.status != 0 and seconds is None:
+            raise PerceptionError(f"the player ended with status {player.status}: {player.last_words()}")
+
+    def settle(self) -> None:
+        """Return when the node has worked off what it received, by two equal readings, or after SETTLE_LIMIT."""
+        deadline = time.monotonic() + SETTLE_LIMIT
+        before, count = -1.0, self.diagnostics.count
+        while time.monotonic() < deadline:
+            self._check()
+            if self.diagnostics.count > count:
+                now, count = self.diagnostics.number("output", "published"), self.diagnostics.count
+                if now == before:
+                    return
+                before = now
+            time.sleep(LOOK)
+
+    def counters(self) -> dict[str, int]:
+        """Return the node's own counts of frames."""
+        named = {"received": ("input", "received"), "dropped": ("input", "dropped"), "lost_in_transport": ("input", "lost_in_transport"),
+                 "failed": ("input", "failed"), "unheard": ("output", "unheard")}
+        return {name: int(self.diagnostics.number(*place)) for name, place in named.items()}
+
+    def end(self) -> None:
+        """End the recorder first, so that it does not record the end of the others; its file is whole after this."""
+        with self._console.status("writing the recording"):
+            status = self._recorder.stop()
+        if status != 0:
+            raise PerceptionError(f"the recorder ended with status {status}: {self._recorder.last_words()}")
+
+    def hint(self) -> str:
+        """Return what the node itself says about why there is no output, and where its log is."""
+        because = (self.diagnostics.text("input", "last_failure") or self.diagnostics.failure()
+                   or self.diagnostics.text("output", "no_output_because"))
+        return f"the node says: {because or 'nothing'} (logs in {self._logs})"
+
+    def _wait(self, ready: Callable[[], bool], limit: float, otherwise: str) -> None:
+        deadline = time.monotonic() + limit
+        while not ready():
+            self._check()
+            if time.monotonic() > deadline:
+                raise PerceptionError(f"{otherwise} within {limit:g} s; {self.hint()}")
+            time.sleep(LOOK)
+
+    def _check(self, but: Process | None = None) -> None:
+        """Raise if a process died or the node cannot load its model."""
+        if failure := self.diagnostics.failure():
+            raise PerceptionError(f"the segmentation node is {failure}")
+        for process in self._running:
+            if process is not but and process.name != "player" and process.status is not None:
+                raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
+                                      f"{process.last_words()} (log: {process.log})")
+
+    def _line(self, elapsed: float) -> Text:
+        number = self.diagnostics.number
+        dropped, received = number("input", "dropped"), number("input", "received")
+        share = f" ({dropped / received:.0%})" if received else ""
+        return Text.assemble(
+            (f"{elapsed:5.1f} s", "bold"), f"  in {number('input', 'rate_hz'):4.1f} Hz",
+            "  masks ", (f"{number('output', 'rate_hz'):4.1f} Hz", "bold green"),
+            "  latency p50 ", (f"{number('output', 'stamp_to_publish_p50_ms'):4.0f} ms", "bold"),
+            f"  p95 {number('output', 'stamp_to_publish_p95_ms'):4.0f} ms",
+            f"  dropped {dropped:.0f}{share}",
+        )
+
+
+@contextmanager
+def _termination_as_interrupt() -> Iterator[None]:
+    """Let SIGTERM raise KeyboardInterrupt within the block, so that the processes are cleaned up then too."""
+
+    def interrupt(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _other_classes(bag: Path | None, names: list[str]) -> str:
+    """Return why the sample bag's true masks do not fit a model with these classes; "" if they do."""
+    own = CLASS_SETS["tabletop"].names
+    if bag is None and names != own:
+        return f"the sample bag's true masks have the classes {', '.join(own)}; this model has others"
+    return ""
+
+
+def _table(summary: dict[str, Any]) -> Table:
+    latency, score, model = summary["latency_ms"], summary["score"], summary["model"]
+    table = Table(title="deeprob demo", show_header=False, title_justify="left")
+    table.add_row("model", f"{model['name']} on {model['backend']} {model['precision']}, {model['device']}")
+    table.add_row("frames in", f"{summary['frames']}, {summary['rate_in_hz']:.1f} Hz")
+    table.add_row("masks out", f"{summary['masks']}, {summary['rate_out_hz']:.1f} Hz")
+    table.add_row("dropped (a newer frame came)", str(summary["dropped"]))
+    table.add_row("not received, failed", f"{summary['not_received']}, {summary['failed']}")
+    table.add_row("camera stamp to recorded mask", " / ".join(f"{latency[p]:.0f}" for p in ("p50", "p95", "p99"))
+                  + " ms (p50 / p95 / p99)")
+    for stage, row in summary["stages"].items():
+        table.add_row(f"  {stage}", f"{row['p50']:.1f} / {row['p95']:.1f} / {row['p99']:.1f} ms")
+    if score is not None:
+        table.add_row("mIoU against ground truth", f"[bold]{score['miou']:.3f}[/]  ({score['frames']} frames)")
+    else:
+        table.add_row("score", f"none: {summary['unscored']}")
+    return table
