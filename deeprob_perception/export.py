@@ -1,15 +1,14 @@
 # SPDX-License-Identifier: Apache-2.0
 """Network -> one self-describing `.onnx`: 8-bit image in, 8-bit labels out, everything between them in the graph.
 
-Weights are stored as float16 with a Cast to float32 behind each (half the file; back ends fold the casts while they load),
-under the names of the torch parameters and with their values unchanged, so that `zoo` can read them back for fine-tuning.
-Nothing is fused here for the same reason: folding batch normalisation into convolutions is the back ends' work.
+Weights are stored as float16 with a Cast to float32 behind each (half the file; back ends fold the casts while they
+load), under the names of the torch parameters and unfused, so that `zoo` can read them back for fine-tuning. Folding batch
+normalisation into convolutions, or the transposes of matrices into the matrices, is the back ends' work.
 """
 
 import contextlib
 import json
 import logging
-import os
 import tempfile
 import warnings
 from collections.abc import Iterator
@@ -18,22 +17,23 @@ from typing import Any
 
 import numpy as np
 import onnx
-import onnx_ir
 import torch
-from onnx_ir.passes import common as passes
+from onnxscript import ir
+from onnxscript.ir.passes import common as passes
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 from torch import Tensor, nn
 
 from deeprob_perception.engines.model_file import CONTRACT, PREFIX
 from deeprob_perception.errors import ModelError
 
-# LayerNormalization came with 17, and TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes natively.
+# LayerNormalization came with 17, TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes itself.
 OPSET = 18
 FLOAT16_MAX = 65504.0
+FOLD_LIMIT = 1 << 14  # elements
 
 
 class SegmentationGraph(nn.Module):
-    """What is exported: uint8 `image` `[1, H, W, 3]` BGR -> uint8 `labels` `[1, H, W]`, uint8 `confidence` `[1, H, W]`."""
+    """What is exported: `image` uint8 `[1, H, W, 3]` BGR -> `labels` uint8 `[1, H, W]`, `confidence` uint8 `[1, H, W]`."""
 
     scale: Tensor
     offset: Tensor
@@ -41,20 +41,33 @@ class SegmentationGraph(nn.Module):
     def __init__(self, net: nn.Module, recipe: dict[str, Any]):
         super().__init__()
         self.net = net
-        std = torch.tensor(recipe["std"], dtype=torch.float32)
-        mean = torch.tensor(recipe["mean"], dtype=torch.float32)
+        self.first = first_kernel(net)
+        std = torch.tensor(recipe["std"], dtype=torch.float32).flip(0)  # RGB in the recipe, BGR here
+        mean = torch.tensor(recipe["mean"], dtype=torch.float32).flip(0)
         self.register_buffer("scale", (1 / (255 * std)).reshape(1, 3, 1, 1))
         self.register_buffer("offset", (-mean / std).reshape(1, 3, 1, 1))
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         # Cast before transposing: TensorRT refuses a uint8 transpose.
-        x = image.to(torch.float32).permute(0, 3, 1, 2).flip(1)  # [1, 3, H, W], RGB
-        logits = self.net(x * self.scale + self.offset)  # [1, K, H, W]
+        x = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.offset  # [1, 3, H, W], BGR
+        # The first kernel's channels are turned round instead of the image's: back ends do that once, while they load.
+        kernel = self.net.get_parameter(self.first).flip(1)
+        logits = torch.func.functional_call(self.net, {self.first: kernel}, x)  # [1, K, H, W]
         labels = logits.argmax(1).to(torch.uint8)
         # The largest soft-max value without the others: exp(max - logsumexp).
         top = logits.amax(1, keepdim=True)
         confidence = 1 / (logits - top).exp().sum(1)
         return labels, (confidence * 255).round().to(torch.uint8)
+
+
+def first_kernel(net: nn.Module) -> str:
+    """Return the name of the weight that reads the image: the first convolution's, of three input channels."""
+    for name, module in net.named_modules():
+        if isinstance(module, nn.Conv2d):
+            if module.in_channels != 3:
+                raise ModelError(f"the network's first convolution takes {module.in_channels} channels; images have 3")
+            return f"{name}.weight"
+    raise ModelError("the network has no convolution that could read an image")
 
 
 def export_segmentation(
@@ -72,16 +85,16 @@ def export_segmentation(
     path = Path(path)
     classes, palette = list(recipe["classes"]), [list(map(int, colour)) for colour in recipe["palette"]]
     if not 1 <= len(classes) <= 255:
-        raise ModelError(f"cannot export {len(classes)} classes: labels are 8-bit, 1 to 255 classes fit (255 means void)")
+        raise ModelError(f"cannot export {len(classes)} classes: labels are 8-bit and 255 means void, so 1 to 255 fit")
     if len(palette) != len(classes):
         raise ModelError(f"the recipe has {len(classes)} classes but {len(palette)} palette colours; give one for each")
     if height < 32 or width < 32:
-        raise ModelError(f"cannot export {height}x{width}: the backbone's stride is 32, so both sides must be at least that")
+        raise ModelError(f"cannot export {height}x{width}: the backbone's stride is 32, so that is the least for each side")
     state = net.state_dict()
     graph = SegmentationGraph(net, recipe).cpu().eval()
     model = trace(graph, torch.zeros(1, height, width, 3, dtype=torch.uint8), ["labels", "confidence"])
     fold_shapes(model, {f"net.{name}" for name in state})
-    proto = onnx_ir.to_proto(model)
+    proto = ir.to_proto(model)
     store_weights(proto, state, prefix="net.")
     metadata = {
         "contract": CONTRACT,
@@ -102,7 +115,7 @@ def export_segmentation(
     return path
 
 
-def trace(module: nn.Module, example: Tensor, outputs: list[str]) -> onnx_ir.Model:
+def trace(module: nn.Module, example: Tensor, outputs: list[str]) -> ir.Model:
     """Return the unoptimised graph of `module` with an input `image`; parameter names are torch's."""
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
@@ -119,18 +132,19 @@ def trace(module: nn.Module, example: Tensor, outputs: list[str]) -> onnx_ir.Mod
     return program.model
 
 
-def fold_shapes(model: onnx_ir.Model, weights: set[str]) -> None:
+def fold_shapes(model: ir.Model, weights: set[str]) -> None:
     """Fold what depends on shapes alone and drop dead nodes; nodes that read a weight stay as they are."""
 
-    def should_fold(node: onnx_ir.Node) -> bool | None:
+    def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
+    # The limit leaves the attention masks, megabytes that follow from a few numbers, to be computed while loading.
     fold = FoldConstantsPass(
-        shape_inference=True, input_size_limit=1 << 20, output_size_limit=1 << 20, should_fold=should_fold
+        shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT, should_fold=should_fold
     )
-    onnx_ir.passes.Sequential(
+    ir.passes.Sequential(
         passes.InlinePass(),
-        onnx_ir.passes.PassManager([fold, passes.RemoveUnusedNodesPass()], steps=3, early_stop=True),
+        ir.passes.PassManager([fold, passes.RemoveUnusedNodesPass()], steps=3, early_stop=True),
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.IdentityEliminationPass(),
@@ -190,11 +204,11 @@ def write_atomically(path: Path, content: bytes) -> None:
         with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
             temporary = file.name
             file.write(content)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
+        Path(temporary).chmod(0o644)
+        Path(temporary).replace(path)
     except OSError as error:
         with contextlib.suppress(OSError):
-            os.unlink(temporary)
+            Path(temporary).unlink()
         raise ModelError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 

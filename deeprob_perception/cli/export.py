@@ -1,1 +1,60 @@
 # SPDX-License-Identifier: Apache-2.0
+"""`deeprob export`"""
+
+import re
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich import print as show
+
+from deeprob_perception.cli import app
+from deeprob_perception.errors import ModelError
+
+
+@app.command()
+def export(
+    checkpoint: Annotated[str, typer.Argument(help="Weights: a .safetensors or .onnx of ours, or a model's name.")],
+    out: Annotated[Path, typer.Option(help="The .onnx to write.")],
+    size: Annotated[str, typer.Option(help="Height x width of the input, pixels; the camera's own is best.")] = "480x640",
+    name: Annotated[str | None, typer.Option(help="The model's name; default: that of the file.")] = None,
+    licence: Annotated[str | None, typer.Option(help="Licence of the weights (SPDX).")] = None,
+    training_data: Annotated[str | None, typer.Option(help="What the weights were trained on.")] = None,
+    metrics: Annotated[Path | None, typer.Option(help="JSON of `deeprob eval`, to travel with the model.")] = None,
+) -> None:
+    """Write a self-describing ONNX that every engine reads (needs the extra `train`)."""
+    match = re.fullmatch(r"(\d+)x(\d+)", size)
+    if not match:
+        raise ModelError(f"--size {size}: want height x width in pixels, such as 480x640")
+    about = {"name": name or out.stem}
+    if licence:
+        about["licence"] = licence
+    if training_data:
+        about["training_data"] = training_data
+    if metrics:
+        about["metrics"] = read_metrics(metrics)
+
+    from deeprob_perception import zoo
+
+    try:
+        from deeprob_perception.export import export_segmentation
+        from deeprob_perception.nets.segmenter import build
+    except ImportError as error:
+        raise ModelError(f"export needs torch and onnxscript ({error}): pip install 'deeprob_perception[train]'") from error
+    recipe, state = zoo.load_checkpoint(checkpoint)
+    if recipe.get("task") != "segmentation":
+        raise ModelError(f"{checkpoint} is a {recipe.get('task')}, without masks to export; train a head on it first")
+    net = build(recipe)
+    net.load_state_dict(state)
+    path = export_segmentation(net, recipe, out, int(match[1]), int(match[2]), about)
+    show(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {size}, {len(recipe['classes'])} classes")
+
+
+def read_metrics(path: Path) -> str:
+    """Return the file's JSON on one line; raise ModelError when there is none in it."""
+    import json
+
+    try:
+        return json.dumps(json.loads(path.read_text()))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"--metrics {path}: {error}; give a JSON file, as `deeprob eval --json` writes it") from error

@@ -14,8 +14,8 @@ from deeprob_perception.errors import EngineError
 class Engine(ABC):
     """A loaded model.
 
-    `engine(image=array, outputs=("labels",))` returns fresh arrays that are safe to keep; outputs that are not asked for are
-    not computed. One call at a time: an engine belongs to one worker thread, and a second worker loads its own.
+    `engine(image=array, outputs=("labels",))` returns fresh arrays that are safe to keep; outputs that are not asked for
+    are not computed. One call at a time: an engine belongs to one worker thread, and a second worker loads its own.
 
     - `inputs`, `outputs`: lists of TensorSpec (name, shape, dtype)
     - `backend`, `device`: names, such as `openvino` and `AMD EPYC`
@@ -48,9 +48,7 @@ class Engine(ABC):
                 raise EngineError(f"the model {self.path.name} has no output {name!r}; it has: {', '.join(known)}")
         checked = {s.name: check_input(s, inputs.pop(s.name, None)) for s in self.inputs}
         if inputs:
-            raise EngineError(
-                f"the model {self.path.name} has no input {next(iter(inputs))!r}; it has: {', '.join(checked)}"
-            )
+            raise EngineError(f"the model {self.path.name} has no input {next(iter(inputs))!r}; it has: {', '.join(checked)}")
         return self.run(checked, [name for name in known if name in wanted])
 
     @abstractmethod

@@ -39,17 +39,19 @@ class ModelFile:
 def read(path: str | Path) -> ModelFile:
     """Read and check a model file.
 
-    :raises ModelError: when it is missing, empty, damaged, no ONNX, not exported by `deeprob export`, of another contract
-        version, or does not have the inputs and outputs of its task.
+    :raises ModelError: when it is missing, empty, damaged, no ONNX, not exported by `deeprob export`, of another
+        contract version, or does not have the inputs and outputs of its task.
     """
     path = Path(path)
     proto = parse(path)
     metadata = {p.key.removeprefix(PREFIX): p.value for p in proto.metadata_props if p.key.startswith(PREFIX)}
     if "contract" not in metadata:
-        raise ModelError(f"{path} is an ONNX file, but not one of ours (no {PREFIX}contract in it); make one by `deeprob export`")
+        raise ModelError(
+            f"{path} is an ONNX file, but not one of ours (it has no {PREFIX}contract); make one by `deeprob export`"
+        )
     if metadata["contract"] != CONTRACT:
         raise ModelError(
-            f"{path} follows contract {metadata['contract']!r}, this version reads {CONTRACT!r}; export it again with this version"
+            f"{path} follows contract {metadata['contract']!r}, but this version reads {CONTRACT!r}; export it again"
         )
     weights = {tensor.name for tensor in proto.graph.initializer}
     try:
@@ -78,7 +80,7 @@ def parse(path: Path):
     try:
         content = path.read_bytes()
     except FileNotFoundError:
-        raise ModelError(f"there is no model file {path}; `deeprob models list` shows the names that can be used") from None
+        raise ModelError(f"there is no model file {path}; `deeprob models list` shows what there is") from None
     except OSError as error:
         raise ModelError(f"cannot read {path}: {error.strerror}") from error
     if not content:

@@ -30,7 +30,7 @@ class OnnxRuntimeEngine(Engine):
     def __init__(self, model: ModelFile, precision: str, threads: int):
         super().__init__(model, precision)
         if precision not in ("auto", "f32"):
-            raise EngineError(f"the back end onnxruntime computes in f32 only, not {precision}; take openvino or precision f32")
+            raise EngineError(f"the back end onnxruntime computes in f32, not in {precision}; take openvino or f32")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

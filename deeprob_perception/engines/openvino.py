@@ -2,6 +2,7 @@
 """OpenVINO on the CPU: the fastest on x86, and bfloat16 where the CPU has it (AMX, AVX512-BF16)."""
 
 import logging
+import os
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 from deeprob_perception.engines.engine import Engine
 from deeprob_perception.engines.model_file import ModelFile
 from deeprob_perception.errors import EngineError, ModelError
+from deeprob_perception.share import PACKAGE
 
 log = logging.getLogger(__name__)
 
@@ -43,7 +45,11 @@ class OpenVinoEngine(Engine):
         self.device = self._core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
         wanted = ("bf16" if has_bf16 else "f32") if precision == "auto" else precision
-        self._options: dict[str, Any] = {"PERFORMANCE_HINT": "LATENCY", "INFERENCE_PRECISION_HINT": wanted, "NUM_STREAMS": 1}
+        self._options: dict[str, Any] = {
+            "PERFORMANCE_HINT": "LATENCY",
+            "NUM_STREAMS": 1,
+            "INFERENCE_PRECISION_HINT": wanted,
+        }
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
         folder = cache_folder(cache_dir)
@@ -59,7 +65,7 @@ class OpenVinoEngine(Engine):
         actual = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
         self.precision = actual
         if actual != wanted:
-            log.warning("%s: %s was asked for, but this CPU (%s) runs it in %s", model.path.name, wanted, self.device, actual)
+            log.warning("%s: asked for %s, but this CPU (%s) computes in %s", model.path.name, wanted, self.device, actual)
 
     def run(self, inputs: dict[str, np.ndarray], outputs: list[str]) -> dict[str, np.ndarray]:
         request = self._request(tuple(outputs))
@@ -85,12 +91,9 @@ class OpenVinoEngine(Engine):
 
 def cache_folder(cache_dir: Path | None) -> Path | None:
     """Return the folder for compiled models, made if need be; None, with a warning, when it cannot be written."""
-    import os
-
     import platformdirs
 
-    folder = cache_dir or platformdirs.user_cache_path("deeprob_perception")
-    folder = folder / "openvino"
+    folder = (cache_dir or platformdirs.user_cache_path(PACKAGE)) / "openvino"
     try:
         folder.mkdir(parents=True, exist_ok=True)
         if not os.access(folder, os.W_OK):

@@ -205,14 +205,22 @@ class WindowAttention(nn.Module):
         """Attend within windows `[B*nW, N, C]`; `mask` `[nW, N, N]` is added to the scores of a shifted block."""
         windows, tokens, dim = x.shape
         heads = self.num_heads
-        q, k, v = self.qkv(x).reshape(windows, tokens, 3, heads, dim // heads).permute(2, 0, 3, 1, 4)  # [B*nW, h, N, d]
+        q, k, v = (
+            part.reshape(windows, tokens, heads, dim // heads).transpose(1, 2)  # [B*nW, h, N, d]
+            for part in self.qkv(x).chunk(3, -1)
+        )
         bias = self.relative_position_bias_table[self.relative_position_index.reshape(-1)]  # [N*N, h]
         bias = bias.reshape(tokens, tokens, heads).permute(2, 0, 1)  # [h, N, N]
-        # Written out rather than scaled_dot_product_attention: that one does not export followed by this reshape (torch 2.13).
-        scores = (q * self.scale) @ k.transpose(-2, -1) + bias  # [B*nW, h, N, N]
         if mask is not None:
-            scores = scores.reshape(-1, mask.shape[0], heads, tokens, tokens) + mask[:, None]  # [B, nW, h, N, N]
-            scores = scores.reshape(windows, heads, tokens, tokens)
+            # Joined before they meet the scores: in an exported graph the sum is one constant, and matmul, add, soft-max,
+            # matmul is the pattern that back ends fuse into one attention kernel.
+            bias = bias + mask[:, None]  # [nW, h, N, N]
+        # Written out, not scaled_dot_product_attention: that one doesn't export followed by this reshape (torch 2.13).
+        scores = (q * self.scale) @ k.transpose(-2, -1)  # [B*nW, h, N, N]
+        if mask is None or windows == len(mask):
+            scores = scores + bias
+        else:
+            scores = (scores.reshape(-1, *bias.shape) + bias).reshape(scores.shape)
         x = scores.softmax(-1) @ v  # [B*nW, h, N, d]
         return self.proj(x.transpose(1, 2).reshape(windows, tokens, dim))
 

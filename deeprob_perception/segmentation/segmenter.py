@@ -40,8 +40,8 @@ class Segmenter:
     def __call__(self, bgr: np.ndarray, confidence: bool = False) -> Segmentation:
         """Segment one image.
 
-        :param bgr: uint8 `[H, W, 3]`. When its size is not the model's it is resized (its aspect ratio is not kept), and
-            the results are brought back to the camera's size by nearest neighbour.
+        :param bgr: uint8 `[H, W, 3]`. When its size is not the model's it is resized (its aspect ratio is not kept),
+            and the results are brought back to the camera's size by nearest neighbour.
         :raises ImageError: for another shape or dtype, or an empty image.
         """
         if bgr.dtype != np.uint8 or bgr.ndim != 3 or bgr.shape[2] != 3:
@@ -59,12 +59,8 @@ class Segmenter:
                 )
         with self.stages.measure("infer"):
             out = self.engine(image=image[None], outputs=("labels", "confidence") if confidence else ("labels",))
-        results = [out["labels"][0], out["confidence"][0] if confidence else None]
+        maps = {name: array[0] for name, array in out.items()}
         if not same:
             with self.stages.measure("resize"):
-                results = [
-                    None if a is None else cv2.resize(a, (width, height), interpolation=cv2.INTER_NEAREST) for a in results
-                ]
-        labels, certainty = results
-        assert labels is not None
-        return Segmentation(labels, certainty)
+                maps = {name: cv2.resize(a, (width, height), interpolation=cv2.INTER_NEAREST) for name, a in maps.items()}
+        return Segmentation(maps["labels"], maps.get("confidence"))
