@@ -30,6 +30,7 @@ def segmentation(
     crop: Annotated[int, typer.Option(help="Side of the training crops, pixels; best a multiple of 32 x the window.")] = 256,
     min_scale: Annotated[float, typer.Option(help="Smallest zoom of a crop.")] = 0.5,
     max_scale: Annotated[float, typer.Option(help="Largest zoom of a crop.")] = 1.75,
+    augmentation: Annotated[str, typer.Option(help="strong, or mild (short trainings).")] = "strong",
     drop_path: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.05,
     precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32 or bf16.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and augment.")] = 1,
@@ -42,11 +43,13 @@ def segmentation(
     """Train a segmentation network; `torchrun --nproc-per-node N $(which deeprob) train ...` uses N GPUs."""
     from deeprob_perception.segmentation.classes import class_set
     from deeprob_perception.segmentation.dataset import find_samples
-    from deeprob_perception.training.data import Augmentation
+    from deeprob_perception.training.data import AUGMENTATIONS, Augmentation
     from deeprob_perception.training.segmentation import Settings, train
 
     if precision not in ("auto", "fp32", "bf16"):
         raise DataError(f"--precision {precision}: want auto, fp32 or bf16")
+    if augmentation not in AUGMENTATIONS:
+        raise DataError(f"--augmentation {augmentation}: want {' or '.join(AUGMENTATIONS)}")
     found = class_set(data, classes)
     samples = find_samples(data)
     val_samples = find_samples(val) if val else []
@@ -63,7 +66,7 @@ def segmentation(
     settings = Settings(
         backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
         drop_path=drop_path, precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
-        augmentation=Augmentation(crop=(crop, crop), scale=(min_scale, max_scale)),
+        augmentation=Augmentation(crop=(crop, crop), scale=(min_scale, max_scale), **AUGMENTATIONS[augmentation]),
     )  # fmt: skip
     scores = train(samples, val_samples, found, out, settings, resume, weights)
     if scores:

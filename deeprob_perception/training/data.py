@@ -27,6 +27,13 @@ class Augmentation:
     noise: float = 0.15  # share of crops with sensor noise
 
 
+# How far pictures are changed. `mild` is for short trainings, in which `strong` leaves a network under-fitted.
+AUGMENTATIONS: dict[str, dict[str, float]] = {
+    "strong": {},
+    "mild": {"stretch": 0.06, "rotate": 2.0, "colour": 0.2, "hue": 5.0, "blur": 0.05, "noise": 0.05},
+}
+
+
 class CropDataset(Dataset):
     """Random augmented crops: `(image uint8 [3, h, w] RGB, label int64 [h, w])`, and the data set's class frequencies."""
 
