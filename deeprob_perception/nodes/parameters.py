@@ -71,9 +71,10 @@ class Settings:
             return ""
         state = self._state()
         if not setting.live and state != "unconfigured" and self._node.has_parameter(parameter.name):
-            steps = "deactivate, then cleanup" if state == "active" else "cleanup"
-            return (f"{parameter.name} is fixed while the node is {state}: `ros2 lifecycle set "
-                    f"{self._node.get_fully_qualified_name()}` {steps}, set it, then configure and activate")
+            node = self._node.get_fully_qualified_name()
+            steps = ["deactivate", "cleanup"] if state == "active" else ["cleanup"]
+            commands = ", ".join(f"`ros2 lifecycle set {node} {step}`" for step in steps)
+            return f"{parameter.name} is fixed while the node is {state}: {commands}, set it, then configure and activate"
         if setting.choices and parameter.value not in setting.choices:
             return f"{setting.name} is {parameter.value!r}, but has to be one of {', '.join(setting.choices)}"
         check = self._checks.get(setting.name)
