@@ -52,6 +52,9 @@ setup(
         "matplotlib>=3.8",
         "jinja2>=3.1",
         "platformdirs>=4",
+        "protobuf>=4",
+        "ruamel.yaml>=0.17",
+        "backports.zstd>=1.0; python_version < '3.14'",
     ],
     extras_require={
         "ros": [
@@ -65,7 +68,7 @@ setup(
                 )
             ),
         ],
-        "train": ["torch==2.13.0", "safetensors>=0.4", "onnxscript>=0.5", "huggingface-hub>=0.30"],
+        "train": ["torch==2.13.0", "safetensors>=0.4", "onnxscript>=0.5", "onnx-ir>=0.1.16", "huggingface-hub>=0.30"],
         "sim": ["mujoco>=3.2"],
         "test": [
             "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5", "colcon-common-extensions>=0.3",

@@ -220,8 +220,8 @@ class _Processes:
 
     def counters(self) -> dict[str, int]:
         """Return the node's own counts of frames."""
-        named = {"received": ("input", "received"), "dropped": ("input", "dropped"), "lost_in_transport": ("input", "lost_in_transport"),
-                 "failed": ("input", "failed"), "unheard": ("output", "unheard")}
+        named = {name: ("input", name) for name in ("received", "dropped", "lost_in_transport", "failed")}
+        named["unheard"] = ("output", "unheard")
         return {name: int(self.diagnostics.number(*place)) for name, place in named.items()}
 
     def end(self) -> None:

@@ -9,6 +9,7 @@ import logging
 import platform
 from importlib import import_module
 from pathlib import Path
+from types import ModuleType
 
 from deeprob_perception.engines import model_file
 from deeprob_perception.engines.engine import Engine
@@ -72,5 +73,5 @@ def unavailable(backend: str) -> str | None:
     return _module(backend).unavailable()
 
 
-def _module(backend: str):
+def _module(backend: str) -> ModuleType:
     return import_module(f"{__name__}.{backend}")

@@ -4,6 +4,7 @@
 import json
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -70,7 +71,7 @@ def read(path: str | Path) -> ModelFile:
     return model
 
 
-def parse(path: Path):
+def parse(path: Path) -> Any:
     """Return the file's `onnx.ModelProto`; raise ModelError naming what is wrong with the file."""
     import onnx
     from google.protobuf.message import DecodeError
@@ -94,7 +95,7 @@ def parse(path: Path):
     return proto
 
 
-def spec(value) -> TensorSpec:
+def spec(value: Any) -> TensorSpec:
     """Return an `onnx.ValueInfoProto` as a TensorSpec; raise ValueError unless it is a tensor of fixed shape."""
     import onnx
 

@@ -222,7 +222,8 @@ def scores_of(net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
     """Decay matrices and kernels only: not norms, biases, or the relative position biases (Swin's own recipe)."""
-    decayed, plain = [], []
+    decayed: list[nn.Parameter] = []
+    plain: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
         no_decay = parameter.ndim <= 1 or "relative_position_bias_table" in name
         (plain if no_decay else decayed).append(parameter)
