@@ -208,6 +208,8 @@ class CameraNode(LifecycleNode):
             except PerceptionError as error:
                 self.traffic.failures.add(str(error))
             except Exception as error:  # a bug in one frame's way must not end the stream
+                if not self.context.ok():
+                    return  # a signal has ended ROS under us
                 self.traffic.failures.add(f"{type(error).__name__}: {error}")
                 self.get_logger().error(traceback.format_exc(), throttle_duration_sec=10.0)
 
@@ -317,6 +319,10 @@ def spin(create: Callable[[], CameraNode], args: list[str] | None = None) -> int
         executor.spin()
     except (KeyboardInterrupt, ExternalShutdownException):
         pass
+    except Exception:
+        # A signal ends ROS at once, also under a callback that publishes.
+        if rclpy.ok():
+            raise
     finally:
         # Ctrl-C under `ros2 launch` comes twice, from the terminal and from launch.
         signal.signal(signal.SIGINT, signal.SIG_IGN)

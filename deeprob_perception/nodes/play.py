@@ -87,6 +87,10 @@ def play(path: str | Path, options: PlayOptions, say: Callable[[str], None] = lo
                 player.run()
             except KeyboardInterrupt:
                 pass
+            except Exception:
+                # A signal ends ROS at once, also under a callback that publishes.
+                if rclpy.ok():
+                    raise
             player.finish()
             return player.sent
         finally:

@@ -91,6 +91,10 @@ def record(
                     executor.spin_once(timeout_sec=LOOK)
             except (KeyboardInterrupt, ExternalShutdownException):
                 pass
+            except Exception:
+                # A signal ends ROS at once, also under a callback that publishes.
+                if rclpy.ok():
+                    raise
             return recorder.counts
     finally:
         rclpy.try_shutdown()
