@@ -6,15 +6,17 @@ import multiprocessing
 import os
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import asdict
 from pathlib import Path
 
 import cv2
 import numpy as np
 
 from deeprob_perception.errors import DataError
+from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.sim.camera import Camera
 from deeprob_perception.sim.render import Frame, SceneRenderer
-from deeprob_perception.sim.scene import CLASSES, PALETTE, Scene
+from deeprob_perception.sim.scene import Scene
 from deeprob_perception.sim.sensor import Sensor
 
 JPEG_QUALITY = 92
@@ -44,7 +46,7 @@ def render_dataset(out: Path, frames: int, seed: int, size: tuple[int, int] = (6
         raise DataError(f"{out}/images holds frames already; choose another folder or remove them")
     (out / "images").mkdir(parents=True, exist_ok=True)
     (out / "labels").mkdir(exist_ok=True)
-    (out / "classes.json").write_text(json.dumps({"names": CLASSES, "palette": PALETTE}, indent=1) + "\n")
+    (out / "classes.json").write_text(json.dumps(asdict(CLASS_SETS["tabletop"]), indent=1) + "\n")
     scenes = [(out, seed, start, min(views, frames - start), size) for start in range(0, frames, views)]
     if workers == 1:
         with SceneRenderer() as renderer:

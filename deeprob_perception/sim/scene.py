@@ -4,14 +4,14 @@
 import mujoco
 import numpy as np
 
+from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.sim.arm import JOINT_NAMES, add_arm, joint_addresses, random_trajectory
 from deeprob_perception.sim.camera import Camera, look_at
 from deeprob_perception.sim.materials import Materials
 from deeprob_perception.sim.objects import ObjectFactory
 from deeprob_perception.sim.surroundings import add_lights, add_room
 
-CLASSES = ("background", "table", "box", "ball", "cylinder", "mug", "robot")
-PALETTE = ((70, 70, 70), (190, 150, 100), (230, 60, 60), (250, 200, 40), (60, 170, 230), (170, 80, 220), (70, 200, 110))
+CLASSES = tuple(CLASS_SETS["tabletop"].names)
 OBJECTS = ("box", "ball", "cylinder", "mug")
 
 
