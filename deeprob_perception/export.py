@@ -17,10 +17,10 @@ from typing import Any
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import torch
-from onnxscript import ir
-from onnxscript.ir.passes import common as passes
-from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnx_ir.passes import common as passes
+from onnxscript.optimizer import fold_constants
 from torch import Tensor, nn
 
 from deeprob_perception.engines.model_file import CONTRACT, PREFIX
@@ -138,13 +138,19 @@ def fold_shapes(model: ir.Model, weights: set[str]) -> None:
     def should_fold(node: ir.Node) -> bool | None:
         return False if any(value is not None and value.name in weights for value in node.inputs) else None
 
-    # The limit leaves the attention masks, megabytes that follow from a few numbers, to be computed while loading.
-    fold = FoldConstantsPass(
-        shape_inference=True, input_size_limit=FOLD_LIMIT, output_size_limit=FOLD_LIMIT, should_fold=should_fold
-    )
+    passes.InlinePass()(model)
+    # Folding makes nodes dead, and their going makes others foldable. The limit leaves the attention masks, megabytes that
+    # follow from a few numbers, to be computed while loading.
+    for _ in range(3):
+        fold_constants(
+            model,
+            onnx_shape_inference=True,
+            input_size_limit=FOLD_LIMIT,
+            output_size_limit=FOLD_LIMIT,
+            should_fold=should_fold,
+        )
+        passes.RemoveUnusedNodesPass()(model)
     ir.passes.Sequential(
-        passes.InlinePass(),
-        ir.passes.PassManager([fold, passes.RemoveUnusedNodesPass()], steps=3, early_stop=True),
         passes.RemoveUnusedFunctionsPass(),
         passes.RemoveUnusedOpsetsPass(),
         passes.IdentityEliminationPass(),
