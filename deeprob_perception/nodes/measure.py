@@ -140,11 +140,13 @@ class _Listener:
             self._executor.spin_once(timeout_sec=0.05)
 
     def until_quiet(self) -> None:
-        """Spin until two diagnostics in a row count the same frames."""
+        """Spin until two diagnostics in a row count the same frames, and none is under way in the node."""
         while True:
             counts, heard = self.counts(), self._heard
             self.until(lambda: self._heard > heard, START, "diagnostics")  # noqa: B023
-            if self.counts() == counts:
+            output = self.values("output")
+            done = int(output["published"]) + int(output["unheard"]) + counts["dropped"] + counts["failed"]
+            if self.counts() == counts and counts["received"] == done:
                 return
 
     def log(self) -> str:
