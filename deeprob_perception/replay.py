@@ -7,18 +7,16 @@ and none is dropped, so two replays of one bag with one model, back end and mach
 
 import hashlib
 import json
-import platform
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 import cv2
 import numpy as np
 
-from deeprob_perception import contact_sheet, engines, video, zoo
+from deeprob_perception import contact_sheet, engines, machine, video, zoo
 from deeprob_perception.bags import Bag, BagMessage, BagWriter, Topic, open_bag
 from deeprob_perception.errors import BagError, ImageError, MessageError
 from deeprob_perception.messages import cdr, images
@@ -34,7 +32,6 @@ LABEL_INFO = "/segmentation/label_info"
 _SHEET_FRAMES = 12
 # Ground truth and camera frames of one stamp may be recorded this many messages apart.
 _PAIRING_WINDOW = 64
-_PACKAGES = ("deeprob_perception", "numpy", "opencv-python-headless", "openvino", "onnxruntime", "rosbags")
 
 
 @dataclass
@@ -114,13 +111,13 @@ def replay(
     opening = open_bag(options.bag) if warn is None else open_bag(options.bag, warn)
     with opening as bag:
         topic = bag.image_topic(options.topic)
-        truth_topic = _truth_topic(bag, options.ground_truth)
+        truths = truth_topic(bag, options.ground_truth)
         engine = engines.load(model, backend=options.backend, precision=options.precision, threads=options.threads)
         segmenter = Segmenter(engine)
         # The first inference allocates and would stand out in the stage times.
         segmenter(np.zeros((engine.inputs[0].shape[1], engine.inputs[0].shape[2], 3), np.uint8))
         segmenter.stages.clear()
-        run = _Run(options, bag, topic, truth_topic, segmenter)
+        run = _Run(options, bag, topic, truths, segmenter)
         run.go(on_frame)
         summary = {
             "bag": {"path": str(options.bag), "sha256": {f.name: zoo.checksum(f) for f in _whole(bag)}, "damage": bag.damage},
@@ -129,7 +126,7 @@ def replay(
             "backend": engine.backend,
             "precision": engine.precision,
             "device": engine.device,
-            "versions": _versions(),
+            "versions": machine.versions(),
             "out": str(options.out),
             **run.summary(),
         }
@@ -262,7 +259,7 @@ def label_info(class_names: list[str]) -> str:
     return json.dumps(dict(enumerate(class_names)))
 
 
-def _truth_topic(bag: Bag, name: str | None) -> Topic | None:
+def truth_topic(bag: Bag, name: str | None = None) -> Topic | None:
     """Return the topic of true masks: the one called `name`, or an image topic with `ground_truth` and `mask` in its name."""
     if name is not None:
         return bag.image_topic(name)
@@ -272,13 +269,3 @@ def _truth_topic(bag: Bag, name: str | None) -> Topic | None:
 def _whole(bag: Bag) -> list[Path]:
     """Return the bag's files as they lie on disk (a compressed one is read from a copy)."""
     return [bag.path] if bag.path.is_file() else [file for file in bag.files if file.parent == bag.path]
-
-
-def _versions() -> dict[str, str]:
-    versions = {"python": platform.python_version()}
-    for package in _PACKAGES:
-        try:
-            versions[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return versions

@@ -11,10 +11,11 @@ import cv2
 import numpy as np
 
 from deeprob_perception import contact_sheet
-from deeprob_perception.bags import Bag, Topic, open_bag
+from deeprob_perception.bags import open_bag
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
 from deeprob_perception.messages.images import to_array, to_bgr
+from deeprob_perception.replay import truth_topic
 from deeprob_perception.segmentation import overlay
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.timing import Samples
@@ -74,11 +75,6 @@ class Truth:
 def digest(msg: Any) -> str:
     """Return a hash of an image's pixels or stream: what stays of a frame when the player replaces its stamp."""
     return hashlib.sha256(msg.data).hexdigest()
-
-
-def truth_topic(bag: Bag) -> Topic | None:
-    """Return the topic of true masks: an image topic with `ground_truth` and `mask` in its name."""
-    return next((t for t in bag.image_topics() if "ground_truth" in t.name and "mask" in t.name), None)
 
 
 def truth_of(bag_path: Path, image_topic: str) -> Truth:

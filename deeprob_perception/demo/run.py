@@ -25,6 +25,7 @@ from deeprob_perception.demo.processes import Diagnostics, Process, isolated_env
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
+from deeprob_perception.replay import truth_topic
 from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.share import share_dir
 
@@ -73,7 +74,7 @@ def run(options: Options, console: Console) -> Outcome:
     with open_bag(bag_path) as bag:
         image = bag.image_topic()
         inputs = [topic.name for topic in bag.topics if topic.name in (image.name, camera_info_of(image.name))
-                  or topic == recording.truth_topic(bag)]
+                  or topic == truth_topic(bag)]
     path = zoo.resolve(options.model)
     metadata = model_file.read(path).metadata
     labels = recording.Labels(json.loads(metadata["classes"]), np.array(json.loads(metadata["palette"]), np.uint8))
