@@ -73,7 +73,7 @@ def bag(tmp_path_factory):
 
 
 def deeprob(log, *arguments: object, env: dict[str, str] | None = None) -> Process:
-    return Process(log, "deeprob_perception.cli", *map(str, arguments), env=env)
+    return Process(log, "deeprob_perception", *map(str, arguments), env=env)
 
 
 def test_play_sends_the_bags_bytes_in_order_and_in_their_time_also_after_the_wheels_restart_of_python(tmp_path, bag, probe):

@@ -194,7 +194,7 @@ def test_resuming_goes_on_where_the_run_stopped(coloured, tmp_path):
 
 def test_two_processes_under_torchrun_train_one_model(coloured, tmp_path):
     command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deeprob_perception.cli",
+        sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "-m", "deeprob_perception",
         "train", "segmentation", "--data", str(coloured), "--out", str(tmp_path), "--epochs", "1", "--batch-size", "2",
         "--crop", "64", "--workers", "0", "--threads", "1",
     ]  # fmt: skip
@@ -219,7 +219,7 @@ def test_eval_reports_the_scores_of_the_model_file(tiny_model, tmp_path):
         cv2.imwrite(str(tmp_path / f"images/{i}.png"), image)
         cv2.imwrite(str(tmp_path / f"labels/{i}.png"), truth)
         confusion.add(segmenter(image).labels, truth)
-    command = [sys.executable, "-m", "deeprob_perception.cli", "eval", "segmentation", "--data", str(tmp_path), "--model",
+    command = [sys.executable, "-m", "deeprob_perception", "eval", "segmentation", "--data", str(tmp_path), "--model",
                str(tiny_model), "--backend", "onnxruntime", "--json", str(tmp_path / "scores.json")]  # fmt: skip
     run = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert run.returncode == 0, run.stderr[-2000:]
