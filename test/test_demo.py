@@ -1,0 +1,194 @@
+# SPDX-License-Identifier: Apache-2.0
+"""`deeprob demo` as a user runs it: processes, recording, score, report, and what it says when something is wrong."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from html.parser import HTMLParser
+from importlib.util import find_spec
+from pathlib import Path
+
+import cv2
+import numpy as np
+import pytest
+
+from deeprob_perception import engines
+from deeprob_perception.bags import BagWriter, open_bag
+from deeprob_perception.demo.run import sample_bag
+from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, deserialize, make_header, stamp_ns
+from deeprob_perception.messages.images import make_compressed, to_array, to_bgr
+from deeprob_perception.segmentation import Segmenter
+from deeprob_perception.segmentation.scores import Confusion
+from deeprob_perception.video import read_frames
+
+pytestmark = [
+    pytest.mark.ros, pytest.mark.slow, pytest.mark.timeout(600),
+    pytest.mark.skipif(find_spec("rclpy") is None, reason="needs ROS 2 (extra `ros`)"),
+]
+
+CAMERA, TRUTH, MASK = "/camera/image_raw/compressed", "/ground_truth/mask/compressed", "/segmentation/mask"
+MARK = "DEEPROB_TEST_DEMO"
+
+
+def demo(out: Path, *arguments: str) -> subprocess.Popen[str]:
+    """Start the demo with a mark in its environment, by which its children can be found."""
+    return subprocess.Popen(
+        [sys.executable, "-m", "deeprob_perception", "demo", "--out", str(out), *arguments],
+        env=os.environ | {MARK: str(out), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def left_over(out: Path) -> list[str]:
+    """Return the command lines of the processes that a demo started and that still run."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        try:
+            if f"{MARK}={out}".encode() in (process / "environ").read_bytes().split(b"\0"):
+                found.append((process / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except OSError:  # it has just ended, or is not ours
+            continue
+    return found
+
+
+class Run:
+    def __init__(self, out: Path, model: Path):
+        self.out, self.model = out, model
+        process = demo(out, "--seconds", "3", "--model", str(model))
+        self.printed, errors = process.communicate(timeout=500)
+        assert process.returncode == 0, self.printed + errors
+        self.summary = json.loads((out / "summary.json").read_text())
+        with open_bag(out / "demo.mcap") as bag:
+            messages = [(m.topic.name, deserialize(m.raw, m.topic.msgtype)) for m in bag.messages([CAMERA, MASK])]
+        self.frames = {stamp_ns(msg.header): msg for topic, msg in messages if topic == CAMERA}
+        self.masks = {stamp_ns(msg.header): msg for topic, msg in messages if topic == MASK}
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory, tiny_model: Path) -> Run:
+    return Run(tmp_path_factory.mktemp("demo") / "out", tiny_model)
+
+
+def test_every_recorded_mask_is_what_the_model_says_of_the_frame_with_its_stamp(run: Run) -> None:
+    assert len(run.masks) >= 3
+    segmenter = Segmenter(engines.load(run.model))
+    for stamp, mask in run.masks.items():
+        frame = run.frames[stamp]
+        assert (mask.encoding, mask.header.frame_id) == ("mono8", frame.header.frame_id)
+        np.testing.assert_array_equal(to_array(mask), segmenter(to_bgr(frame)).labels)
+
+
+def test_score_is_that_of_the_published_masks(run: Run) -> None:
+    with open_bag(sample_bag()) as bag:
+        messages = [(m.topic.name, deserialize(m.raw, m.topic.msgtype)) for m in bag.messages([CAMERA, TRUTH])]
+    truths = {stamp_ns(msg.header): to_array(msg) for topic, msg in messages if topic == TRUTH}
+    played = {bytes(msg.data): truths[stamp_ns(msg.header)] for topic, msg in messages if topic == CAMERA}
+    confusion = Confusion(7)
+    for stamp, mask in run.masks.items():
+        confusion.add(to_array(mask), played[bytes(run.frames[stamp].data)])
+    assert run.summary["score"]["frames"] == len(run.masks)
+    assert run.summary["score"]["miou"] == pytest.approx(confusion.miou())
+    assert run.summary["score"]["pixel_accuracy"] == pytest.approx(confusion.pixel_accuracy())
+
+
+def test_counters_account_for_every_frame(run: Run) -> None:
+    summary = run.summary
+    assert summary["frames"] == len(run.frames)
+    assert summary["masks"] == len(run.masks)
+    assert summary["frames"] == sum(summary[name] for name in ("masks", "dropped", "failed", "unheard", "not_received"))
+    # In this order on every frame: received, inferred, published, recorded.
+    assert 0 < summary["stages"]["infer"]["p50"] < summary["stages"]["stamp_to_publish"]["p50"]
+    assert summary["stages"]["stamp_to_publish"]["p50"] < summary["latency_ms"]["p50"] * 1.05
+
+
+def test_report_holds_everything_and_asks_no_other_machine(run: Run) -> None:
+    html = (run.out / "report.html").read_text()
+    linked: list[str] = []
+
+    class Links(HTMLParser):
+        def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+            linked.extend(value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset"))
+
+    Links().feed(html)
+    assert len(linked) == 4, "video, its poster, plot, contact sheet"
+    assert all(re.match(r"data:(video/mp4|image/jpeg|image/svg\+xml);base64,[\w/+]", link) for link in linked)
+    assert "http" not in re.sub(r"data:[^\"]*", "", html) and "@import" not in html and "url(" not in html
+    assert f"{run.summary['score']['miou']:.3f}" in html
+    assert run.summary["model"]["sha256"] in html
+
+
+def test_video_and_contact_sheet_show_the_frames(run: Run) -> None:
+    pictures = [picture for _, picture in read_frames(run.out / "overlay.mp4")]
+    assert len(pictures) == len(run.masks)
+    assert pictures[0].shape == (480, 640, 3)
+    sheet = cv2.imread(str(run.out / "contact_sheet.png"))
+    assert sheet is not None and sheet.std() > 20
+
+
+def test_terminal_shows_rates_and_the_table(run: Run) -> None:
+    assert re.search(r"in +[\d.]+ Hz +masks +[\d.]+ Hz +latency p50 +\d+ ms +p95 +\d+ ms +dropped \d+", run.printed)
+    assert f"{run.summary['score']['miou']:.3f}" in run.printed
+    assert str(run.out / "report.html") in run.printed.replace("\n", "")
+
+
+def test_nothing_runs_on_after_the_demo(run: Run) -> None:
+    assert left_over(run.out) == []
+
+
+def test_interrupted_demo_takes_its_processes_along(tmp_path: Path, tiny_model: Path) -> None:
+    out = tmp_path / "out"
+    process = demo(out, "--model", str(tiny_model))
+    try:
+        deadline = time.monotonic() + 300
+        while not (out / "logs" / "player.log").exists():  # all four are there by then
+            assert process.poll() is None and time.monotonic() < deadline, "the demo did not get to playing"
+            time.sleep(0.05)
+        assert len(left_over(out)) >= 5
+        process.send_signal(signal.SIGINT)
+        _, errors = process.communicate(timeout=200)
+    finally:
+        process.kill()
+    assert process.returncode == 130
+    assert "interrupted" in errors and "Traceback" not in errors
+    assert left_over(out) == []
+
+
+def test_no_mask_is_a_failure_that_names_the_cause(tmp_path: Path, tiny_model: Path) -> None:
+    bag = tmp_path / "broken.mcap"
+    picture = make_compressed(np.zeros((48, 64, 3), np.uint8), make_header(0, "camera"))
+    with BagWriter(bag) as writer:
+        writer.add_topic(CAMERA, COMPRESSED_IMAGE)
+        for i in range(20):
+            stamp = 1_700_000_000_000_000_000 + i * 100_000_000
+            picture.header, picture.data = make_header(stamp, "camera"), np.full(500, i, np.uint8)
+            writer.write(CAMERA, stamp, picture)
+    process = demo(tmp_path / "out", "--bag", str(bag), "--model", str(tiny_model))
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 2
+    assert "no mask came" in errors and "jpeg" in errors.lower() and "Traceback" not in errors
+    assert not (tmp_path / "out" / "report.html").exists()
+    assert left_over(tmp_path / "out") == []
+
+
+def test_missing_model_is_named_before_anything_starts(tmp_path: Path) -> None:
+    process = demo(tmp_path / "out", "--model", "no-such-model")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2 and "no-such-model" in errors
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_node_that_cannot_load_its_model_ends_the_demo(tmp_path: Path, tiny_model: Path) -> None:
+    """The description is intact, the graph is not: only the back end notices."""
+    import onnx
+
+    proto = onnx.load(str(tiny_model))
+    proto.graph.node[0].op_type = "NoSuchOperator"
+    broken = tmp_path / "broken.onnx"
+    onnx.save(proto, str(broken))
+    process = demo(tmp_path / "out", "--model", str(broken))
+    _, errors = process.communicate(timeout=500)
+    assert process.returncode == 2 and "not configured" in errors and "broken.onnx" in errors
+    assert left_over(tmp_path / "out") == []
