@@ -9,7 +9,8 @@ PIP_FLAGS ?=
 # Passed on: make demo DEMO="--seconds 8", make test TESTS="test/test_images.py -k bayer"
 DEMO ?=
 TESTS ?= test
-PIP := $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q $(PIP_FLAGS)
+# Without setuptools' warning about editable installs, which is not for users.
+PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q $(PIP_FLAGS)
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
@@ -36,13 +37,13 @@ $(VENV)/.stamp-python: tools/setup.sh
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python setup.py
-	@echo "installing the package and ROS 2 from PyPI into $(VENV) (once; no torch)"
+	@echo "installing the package and ROS 2 from PyPI into $(VENV) (once, some minutes; no torch)"
 	$(PIP) -e '.[ros]'
 	@touch $@
 
 # torch==2.13.0 from PyPI brings CUDA along where no CPU build is at hand (PIP_FLAGS names an index that has one).
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
-	@echo "installing torch, MuJoCo and the test tools into $(VENV) (once)"
+	@echo "installing torch, MuJoCo and the test tools into $(VENV) (once, some minutes)"
 	$(PIP) -e '.[ros,train,sim,test]'
 	@touch $@
 

@@ -18,7 +18,9 @@ import pytest
 
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
-from deeprob_perception.demo.run import sample_bag
+from deeprob_perception.demo import report
+from deeprob_perception.demo.recording import Figures, Labels
+from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, deserialize, make_header, stamp_ns
 from deeprob_perception.messages.images import make_compressed, to_array, to_bgr
 from deeprob_perception.segmentation import Segmenter
@@ -192,3 +194,18 @@ def test_a_node_that_cannot_load_its_model_ends_the_demo(tmp_path: Path, tiny_mo
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 2 and "not configured" in errors and "broken.onnx" in errors
     assert left_over(tmp_path / "out") == []
+
+
+def test_a_model_of_other_classes_is_not_scored_against_the_sample_bag() -> None:
+    assert "table" in unfit_for_sample(None, ["sky", "road"])
+    own_bag = Path("drive.mcap")
+    assert unfit_for_sample(own_bag, ["sky", "road"]) == ""
+
+
+def test_report_without_a_score_says_why(run: Run) -> None:
+    figures = Figures(frames=3, masks=2, seconds=0.2, series=[(0.0, 30.0), (0.1, 31.0)])
+    figures.pictures = dict.fromkeys(("poster", "sheet"), np.zeros((4, 4, 3), np.uint8))
+    summary = run.summary | {"score": None, "unscored": "the bag holds <no> true masks"}
+    path = run.out / "unscored.html"
+    report.write(path, summary, figures, Labels(["a"], np.zeros((1, 3), np.uint8)), run.out / "overlay.mp4", {})
+    assert "No score: the bag holds &lt;no&gt; true masks." in path.read_text()

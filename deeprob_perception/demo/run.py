@@ -25,12 +25,11 @@ from deeprob_perception.demo.processes import Diagnostics, Process, isolated_env
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
-from deeprob_perception.replay import truth_topic
+from deeprob_perception.replay import LABEL_INFO, MASK, truth_topic
 from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.share import share_dir
 
 NODE = "segmentation"
-MASK, LABEL_INFO, DIAGNOSTICS = f"/{NODE}/mask", f"/{NODE}/label_info", "/diagnostics"
 # Loading and compiling a model on a slow, busy machine; the first run of OpenVINO compiles without its cache.
 START_LIMIT = 180.0
 # After the last frame: an inference, and two readings of the diagnostics (1 Hz) that no longer differ.
@@ -84,7 +83,7 @@ def run(options: Options, console: Console) -> Outcome:
     with ExitStack() as stack:
         stack.enter_context(_termination_as_interrupt())
         demo = _Processes(stack, files.logs, console)
-        demo.start(path, options.backend, image, [*inputs, MASK, LABEL_INFO, DIAGNOSTICS], files.recorded)
+        demo.start(path, options.backend, image, [*inputs, MASK, LABEL_INFO, "/diagnostics"], files.recorded)
         demo.play(bag_path, 1 + len(inputs), options.seconds)
         demo.settle()
         stages, counters = demo.diagnostics.percentiles(), demo.counters()
@@ -94,7 +93,7 @@ def run(options: Options, console: Console) -> Outcome:
 
     with console.status("reading the recording"):
         truth = recording.truth_of(bag_path, image.name)
-        unfit = _other_classes(options.bag, labels.names)
+        unfit = unfit_for_sample(options.bag, labels.names)
         try:
             figures = recording.read(files.recorded, image.name, recording.Truth() if unfit else truth, labels,
                                      files.video, files.sheet)
@@ -198,7 +197,7 @@ class _Processes:
                 live.update(line)
                 if not self._console.is_terminal and now - shown >= 2 and started is not None:
                     shown = now
-                    self._console.print(line)
+                    self._console.print(line, soft_wrap=True)
                 if seconds is not None and elapsed >= seconds:
                     player.stop()
                     break
@@ -282,7 +281,7 @@ def _termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def _other_classes(bag: Path | None, names: list[str]) -> str:
+def unfit_for_sample(bag: Path | None, names: list[str]) -> str:
     """Return why the sample bag's true masks do not fit a model with these classes; "" if they do."""
     own = CLASS_SETS["tabletop"].names
     if bag is None and names != own:
