@@ -103,6 +103,7 @@ class Player:
     def __init__(self, node: Node, bag: Bag, options: PlayOptions, say: Callable[[str], None]):
         self._node, self._bag, self._options, self._say = node, bag, options, say
         self._publishers: dict[str, Publisher] = {}
+        self._stamped: set[str] = set()
         self.sent: dict[str, int] = {}
         for topic in self._chosen():
             self._open(topic)
@@ -131,6 +132,8 @@ class Player:
         qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE, durability=durability)
         self._publishers[topic.name] = self._node.create_publisher(kind, name, qos)
         self.sent[topic.name] = 0
+        if self._options.restamp and has_header(msgtype):  # asked now: the first question takes a second, an eternity later
+            self._stamped.add(topic.name)
 
     def wait_for_subscribers(self) -> None:
         """Return when enough subscriptions are there; BagError after the time-out."""
@@ -164,7 +167,7 @@ class Player:
             self._sleep_until(start + (log_time - first) / 1e9 / self._options.rate, start, first)
             if not rclpy.ok():
                 return
-            if self._options.restamp and has_header(topic.msgtype):
+            if topic.name in self._stamped:
                 raw = restamped(raw, time.time_ns())
             self._publish_clock(log_time)
             self._publishers[topic.name].publish(raw)
