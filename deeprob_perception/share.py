@@ -22,7 +22,7 @@ def share_dir() -> Path:
         from ament_index_python.packages import get_package_share_directory
 
         return Path(get_package_share_directory(PACKAGE))
-    except (ImportError, LookupError):
+    except (ImportError, LookupError, OSError):  # OSError: no AMENT_PREFIX_PATH, as with ROS from PyPI
         pass
     for parent in Path(__file__).resolve().parents:
         candidate = parent / "share" / PACKAGE

@@ -230,9 +230,12 @@ def test_colcon_builds_and_the_installed_package_finds_its_files(checkout: Path)
         assert os.access(prefix / "lib" / PACKAGE / executable, os.X_OK)
     site = next(prefix.glob("lib/python3*/site-packages"))
     script = f"import {PACKAGE}; from {PACKAGE}.share import share_dir; print({PACKAGE}.__file__, share_dir(), sep='\\n')"
-    environment = os.environ | {"PYTHONPATH": str(site), "AMENT_PREFIX_PATH": str(prefix)}
-    found = subprocess.run([sys.executable, "-c", script], cwd=workspace, env=environment, capture_output=True, text=True)
-    assert found.stdout.splitlines() == [str(site / PACKAGE / "__init__.py"), str(share)], found.stderr
+    unset = {name: value for name, value in os.environ.items() if name != "AMENT_PREFIX_PATH"}
+    # With a sourced setup.bash, and without: ROS from PyPI sets no prefix path, and pip installs to <prefix>/share too.
+    for environment in (unset | {"AMENT_PREFIX_PATH": str(prefix)}, unset):
+        found = subprocess.run([sys.executable, "-c", script], cwd=workspace, env=environment | {"PYTHONPATH": str(site)},
+                               capture_output=True, text=True)
+        assert found.stdout.splitlines() == [str(site / PACKAGE / "__init__.py"), str(share)], found.stderr
 
 
 @pytest.mark.slow
