@@ -169,6 +169,7 @@ def train(
     if lead:
         from deeprob_perception.zoo import save_checkpoint
 
+        undo_class_weights(averaged.module, criterion.weight)
         save_checkpoint(out / "model.safetensors", averaged.module.state_dict(), recipe)
         plot_log(out / "log.csv", out / "curves.png")
         if val_samples:
@@ -202,6 +203,17 @@ class SegmentationLoss(nn.Module):
         overlap, size, truth = (p * one_hot).sum((0, 2, 3)), p.sum((0, 2, 3)), one_hot.sum((0, 2, 3))
         dice = 1 - (2 * overlap + 1) / (size + truth + 1)
         return loss + self.dice_weight * dice[truth > 0].mean() if bool((truth > 0).any()) else loss
+
+
+@torch.no_grad()
+def undo_class_weights(net: SegmentationNet, weight: Tensor) -> None:
+    """Take the logarithm of the loss's class weights `[K]` off the logits.
+
+    Weights make rare classes learn sooner, but a network trained so predicts the product of probability and weight: it finds
+    too much of what is rare. (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, for the reverse.)
+    """
+    assert isinstance(net.head.classify, nn.Conv2d) and net.head.classify.bias is not None
+    net.head.classify.bias -= weight.log()
 
 
 @torch.inference_mode()
