@@ -41,7 +41,9 @@ def demo(out: Path, *arguments: str) -> subprocess.Popen[str]:
     return subprocess.Popen(
         [sys.executable, "-m", "deeprob_perception", "demo", "--out", str(out), *arguments],
         env=os.environ | {MARK: str(out), "COLUMNS": "200", "OMP_NUM_THREADS": "1"},
-        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # A shell that starts the suite in the background lets it ignore SIGINT, and its children would inherit that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL))
 
 
 def left_over(out: Path) -> list[str]:

@@ -32,6 +32,9 @@ def segmentation(
     max_scale: Annotated[float, typer.Option(help="Largest zoom of a crop.")] = 1.75,
     augmentation: Annotated[str, typer.Option(help="strong, or mild (short trainings).")] = "strong",
     drop_path: Annotated[float, typer.Option(min=0.0, max=0.9)] = 0.05,
+    undo_weights: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the loss's class weights to take off the logits at the end.")
+    ] = 1.0,
     precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32 or bf16.")] = "auto",
     workers: Annotated[int, typer.Option(min=0, help="Processes that read and augment.")] = 1,
     threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
@@ -65,7 +68,8 @@ def segmentation(
         _, weights = zoo.load_checkpoint(init)
     settings = Settings(
         backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
-        drop_path=drop_path, precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
+        drop_path=drop_path, undo_weights=undo_weights,
+        precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
         augmentation=Augmentation(crop=(crop, crop), scale=(min_scale, max_scale), **AUGMENTATIONS[augmentation]),
     )  # fmt: skip
     scores = train(samples, val_samples, found, out, settings, resume, weights)

@@ -46,6 +46,7 @@ class Settings:
     ema_decay: float = 0.998
     gradient_clip: float = 1.0
     dice_weight: float = 0.5
+    undo_weights: float = 1.0
     precision: str = "auto"
     workers: int = 1
     threads: int = 0
@@ -169,7 +170,7 @@ def train(
     if lead:
         from deeprob_perception.zoo import save_checkpoint
 
-        undo_class_weights(averaged.module, criterion.weight)
+        undo_class_weights(averaged.module, criterion.weight, settings.undo_weights)
         save_checkpoint(out / "model.safetensors", averaged.module.state_dict(), recipe)
         plot_log(out / "log.csv", out / "curves.png")
         if val_samples:
@@ -206,14 +207,14 @@ class SegmentationLoss(nn.Module):
 
 
 @torch.no_grad()
-def undo_class_weights(net: SegmentationNet, weight: Tensor) -> None:
-    """Take the logarithm of the loss's class weights `[K]` off the logits.
+def undo_class_weights(net: SegmentationNet, weight: Tensor, share: float = 1.0) -> None:
+    """Take the logarithm of the loss's class weights `[K]`, or a share of it, off the logits.
 
     Weights make rare classes learn sooner, but a network trained so predicts the product of probability and weight: it finds
     too much of what is rare. (Menon et al., "Long-tail learning via logit adjustment", ICLR 2021, for the reverse.)
     """
     assert isinstance(net.head.classify, nn.Conv2d) and net.head.classify.bias is not None
-    net.head.classify.bias -= weight.log()
+    net.head.classify.bias -= share * weight.log()
 
 
 @torch.inference_mode()
