@@ -41,7 +41,6 @@ setup(
         "numpy>=1.26",
         "opencv-python-headless>=4.8",
         "rosbags>=0.11.9,<0.12",
-        "rosbags-image>=0.10.4,<0.11",
         "onnx>=1.16",
         "onnxruntime>=1.20",
         "openvino>=2025.0; platform_machine == 'x86_64'",
@@ -71,7 +70,8 @@ setup(
         "train": ["torch==2.13.0", "safetensors>=0.4", "onnxscript>=0.5", "onnx-ir>=0.1.16", "huggingface-hub>=0.30"],
         "sim": ["mujoco>=3.2"],
         "test": [
-            "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5", "colcon-common-extensions>=0.3",
+            "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5",
+            "rosbags-image>=0.10.4,<0.11", "colcon-common-extensions>=0.3",
             "ruff==0.17.6", "mypy==2.4.1",
         ],
     },
