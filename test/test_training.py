@@ -23,7 +23,13 @@ from deeprob_perception.segmentation.scores import Confusion
 torch = pytest.importorskip("torch", reason="training needs the extra `train` (torch)")
 
 from deeprob_perception.training.data import Augmentation, CropDataset  # noqa: E402
-from deeprob_perception.training.segmentation import SegmentationLoss, Settings, train, warmup_cosine  # noqa: E402
+from deeprob_perception.training.segmentation import (  # noqa: E402
+    SegmentationLoss,
+    Settings,
+    train,
+    undo_class_weights,
+    warmup_cosine,
+)
 
 NAMES = ["ground", "red", "blue"]
 COLOURS = np.array([[90, 90, 90], [40, 40, 220], [220, 60, 40]], np.uint8)  # BGR
@@ -133,6 +139,19 @@ def test_loss_ignores_void_and_falls_with_the_right_answer():
     changed[..., 2] = 40.0
     changed[:, 1, :, 2] = -40.0
     assert torch.allclose(loss(right, labels), loss(changed, labels))
+
+
+def test_class_weights_are_taken_off_the_logits_again(tiny_recipe):
+    from deeprob_perception.nets.segmenter import build
+
+    net = build(tiny_recipe).eval()
+    weight = torch.linspace(0.5, 6.0, 7)
+    image = torch.zeros(1, 3, 64, 64)
+    with torch.no_grad():
+        before = net(image)
+        undo_class_weights(net, weight, 0.5)
+        change = before - net(image)
+    assert torch.allclose(change, (0.5 * weight.log()).reshape(1, 7, 1, 1).expand_as(change), atol=1e-5)
 
 
 def test_the_learning_rate_rises_then_falls_to_zero():
