@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """Swin and UPerNet against `transformers`: the same random weights, the same numbers.
 
-`pytest -m slow -s test/test_swin.py` runs every size, window and input of the claim at full width and prints the errors.
+`pytest -m exhaustive -s test/test_swin.py` runs every size, window and input of the claim at full width and prints the errors.
 """
 
 import functools
@@ -124,7 +124,7 @@ def test_features_and_logits_equal_those_of_transformers(variant, window, size, 
     check_parity(variant, window, size, width)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.timeout(1200)
 @pytest.mark.parametrize(("variant", "window", "size"), list(itertools.product(VARIANTS, WINDOWS, SIZES)))
 def test_full_parity_with_transformers(variant, window, size):
