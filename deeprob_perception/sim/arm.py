@@ -130,11 +130,11 @@ def joint_addresses(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
 
 def _finishes(materials: Materials, rng: np.random.Generator) -> tuple[str, str, str]:
     """Draw the materials of links, joints and fingers: often factory greys, else anything, so that colour tells nothing."""
-    if rng.random() < 0.4:
+    if rng.random() < 0.6:
         grey = rng.uniform(0.1, 0.95)
         links = materials.plain(np.clip(grey + rng.uniform(-0.04, 0.04, 3), 0, 1))
     else:
-        links = materials.any(plain=0.6)
+        links = materials.any(plain=0.8)
     joints = links if rng.random() < 0.25 else materials.plain(
         np.full(3, rng.uniform(0.05, 0.5)) if rng.random() < 0.5 else None)
-    return links, joints, joints if rng.random() < 0.5 else materials.any(plain=0.7)
+    return links, joints, joints if rng.random() < 0.5 else materials.any(plain=0.8)

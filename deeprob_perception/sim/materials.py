@@ -19,15 +19,17 @@ class Materials:
 
     def __init__(self, spec: mujoco.MjSpec, rng: np.random.Generator):
         self._spec, self._rng, self._count, self._next_flat = spec, rng, 0, 0
+        # Most rooms are calm, as people's are; a few have every pattern in full contrast.
+        self._busy = float(rng.beta(1.0, 3.0))
         for index in range(FLAT_COUNT):
             texture = spec.add_texture(name=f"flat{index}", type=mujoco.mjtTexture.mjTEXTURE_2D,
                                        width=FLAT_SIZE, height=FLAT_SIZE, nchannel=3)
-            texture.data = random_texture(rng, FLAT_SIZE).tobytes()
+            texture.data = random_texture(rng, FLAT_SIZE, self._contrast()).tobytes()
         for index in range(CUBE_COUNT):
             texture = spec.add_texture(name=f"cube{index}", type=mujoco.mjtTexture.mjTEXTURE_CUBE,
                                        width=CUBE_SIZE, height=6 * CUBE_SIZE, nchannel=3)
             # One picture on the six faces: a scene needs variety between objects more than within one.
-            texture.data = np.tile(random_texture(rng, CUBE_SIZE), (6, 1, 1)).tobytes()
+            texture.data = np.tile(random_texture(rng, CUBE_SIZE, self._contrast()), (6, 1, 1)).tobytes()
 
     def plain(self, colour: np.ndarray | None = None) -> str:
         """Add an untextured material of the colour given (RGB in 0..1) or a random one; return its name."""
@@ -53,9 +55,12 @@ class Materials:
             f"cube{self._rng.integers(CUBE_COUNT)}")
         return material
 
-    def any(self, plain: float = 0.45) -> str:
-        """Add an object material: untextured with the probability `plain`; return its name."""
-        return self.plain() if self._rng.random() < plain else self.cube()
+    def any(self, plain: float = 0.75) -> str:
+        """Add an object material: untextured with the probability `plain`, less in a busy room; return its name."""
+        return self.plain() if self._rng.random() < plain - 0.3 * self._busy else self.cube()
+
+    def _contrast(self) -> float:
+        return min(1.0, self._busy * float(self._rng.uniform(0.3, 2.0)))
 
     def _tint(self) -> np.ndarray:
         """A tint near white, or now and then any colour, so that few pictures serve for many looks."""

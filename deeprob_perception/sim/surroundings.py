@@ -37,7 +37,7 @@ def add_room(spec: mujoco.MjSpec, materials: Materials, rng: np.random.Generator
         count += 1
 
     def surface(low: float = 0.3, high: float = 2.0) -> str:
-        return materials.flat(rng.uniform(low, high)) if rng.random() < 0.75 else materials.plain()
+        return materials.flat(rng.uniform(low, high)) if rng.random() < 0.6 else materials.plain()
 
     w, d, h = room.half_width, room.half_depth, room.height
     background(_BOX, [w, d, 0.05], [0, 0, -0.05], surface())
@@ -50,7 +50,7 @@ def add_room(spec: mujoco.MjSpec, materials: Materials, rng: np.random.Generator
                             ([0, d, h / 2], [w, h / 2, 0.02], [half, half, 0, 0]),
                             ([0, -d, h / 2], [w, h / 2, 0.02], [half, half, 0, 0])):
         background(_BOX, size, pos, same if rng.random() < 0.6 else surface(), quat=quat)
-    for _ in range(rng.integers(2, 9)):
+    for _ in range(rng.integers(0, 7)):
         _wall_piece(background, surface, materials, rng, room)
     for _ in range(rng.integers(0, 5)):  # lumps on the floor: bags, cushions, bins
         angle, far = rng.uniform(0, 2 * np.pi), rng.uniform(1.0, 1.0 + 0.8 * (min(w, d) - 1.0))
@@ -95,7 +95,7 @@ def _add_table(world: mujoco.MjsBody, materials: Materials, rng: np.random.Gener
     for index, (sx, sy) in enumerate(((1, 1), (1, -1), (-1, 1), (-1, -1)), start=1):
         world.add_geom(name=f"table:{index}", type=_BOX, size=[width, width, height],
                        pos=[sx * (x - 0.06), sy * (y - 0.06), height], material=legs, contype=0, conaffinity=0)
-    for index in range(rng.integers(0, 4)):  # sheets and mats lie on the table and belong to it
+    for index in range(rng.integers(0, 3)):  # sheets and mats lie on the table and belong to it
         yaw = rng.uniform(0, np.pi)
         size = [rng.uniform(0.05, 0.18), rng.uniform(0.05, 0.18), 0.0008]
         reach = np.hypot(size[0], size[1])

@@ -17,10 +17,14 @@ def random_colour(rng: Generator) -> np.ndarray:
     return cv2.cvtColor(np.array([[[hue, saturation, value]]], np.float32), cv2.COLOR_HSV2RGB)[0, 0]
 
 
-def random_texture(rng: Generator, size: int) -> np.ndarray:
-    """Draw a texture of a random kind, uint8 RGB `[size, size, 3]`."""
+def random_texture(rng: Generator, size: int, contrast: float = 1.0) -> np.ndarray:
+    """Draw a texture of a random kind, uint8 RGB `[size, size, 3]`.
+
+    :param contrast: how far its two colours may lie apart: 0 for one colour, 1 for any two.
+    """
     kind = KINDS[rng.integers(len(KINDS))]
-    first, second = random_colour(rng), random_colour(rng)
+    first = random_colour(rng)
+    second = first + contrast * (random_colour(rng) - first)
     blend = kind(rng, size)[..., None]
     picture = first * (1.0 - blend) + second * blend
     grain = _value_noise(rng, size, octaves=3, cells=16)[..., None]
