@@ -141,7 +141,7 @@ def load_candidates(options: Options, say: Callable[[str], None]) -> tuple[list[
     if options.eager:
         try:
             say("torch")
-            candidates.append(Candidate(EAGER, "f32", eager(options.model, options.threads)))
+            candidates.append(Candidate(EAGER, "fp32", eager(options.model, options.threads)))
         except (ImportError, PerceptionError) as error:
             skipped[EAGER] = str(error)
     for backend in options.backends or engines.BACKENDS:
@@ -193,7 +193,7 @@ def matmul_rate(precision: str) -> float:
     """Return GFLOP/s of one large matrix product by torch, with as many threads as eager has."""
     import torch
 
-    dtype = {"f32": torch.float32, "bf16": torch.bfloat16}[precision]
+    dtype = {"fp32": torch.float32, "bf16": torch.bfloat16}[precision]
     a = torch.ones(MATMUL, MATMUL, dtype=dtype)
     best = float("inf")
     with torch.inference_mode():

@@ -32,17 +32,17 @@ def test_every_candidate_is_measured_and_compared(tiny_model, tmp_path):
     assert len(report["model"]["sha256"]) == 64
     usable = [name for name in engines.BACKENDS if engines.unavailable(name) is None]
     runs = {(run["backend"], run["precision"]): run for run in report["runs"]}
-    assert {(name, "f32") for name in usable} | {(bench.EAGER, "f32")} <= set(runs)
+    assert {(name, "fp32") for name in usable} | {(bench.EAGER, "fp32")} <= set(runs)
     assert set(runs) | {tuple(name.rsplit(" ", 1)) for name in report["skipped"]} == {
-        (bench.EAGER, "f32"), *((name, p) for name in engines.BACKENDS for p in engines.PRECISIONS[1:]),
+        (bench.EAGER, "fp32"), *((name, p) for name in engines.BACKENDS for p in engines.PRECISIONS[1:]),
     }  # fmt: skip
-    eager = runs[bench.EAGER, "f32"]
+    eager = runs[bench.EAGER, "fp32"]
     assert eager["speedup"] == 1.0
     for run in runs.values():
         assert 0 < run["p50"] <= run["p95"] <= run["p99"]
         assert run["speedup"] == pytest.approx(eager["p50"] / run["p50"])
         assert run["of_limit"] > 0
-        if run["precision"] == "f32":
+        if run["precision"] == "fp32":
             assert run["agreement"] >= 0.999
         if run is not eager:
             assert run["first_frame_s"] > 0

@@ -25,12 +25,12 @@ def cache(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def loaded(tiny_model, cache):
-    """Return a function: back end -> its engine for the test model in f32, loaded once."""
+    """Return a function: back end -> its engine for the test model in fp32, loaded once."""
     kept = {}
 
     def load(backend):
         if backend not in kept:
-            kept[backend] = engines.load(tiny_model, backend, "f32", cache, threads=1)
+            kept[backend] = engines.load(tiny_model, backend, "fp32", cache, threads=1)
         return kept[backend]
 
     return load
@@ -105,8 +105,8 @@ def test_camvid_frames_agree_with_torch(engine, reference, shared):
 
 
 def test_what_runs_is_reported(engine, tiny_model):
-    assert engine.precision == "f32"
-    assert engine.requested_precision == "f32"
+    assert engine.precision == "fp32"
+    assert engine.requested_precision == "fp32"
     assert engine.backend in engines.BACKENDS
     assert engine.device
     assert engine.path == tiny_model
@@ -205,9 +205,9 @@ def sample_frames():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("precision", ["f32", "bf16"])
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_openvino_loses_at_most_half_a_point_of_miou(precision, sample_frames, cache, tmp_path):
-    """Against ONNX Runtime's f32, by the tabletop model on the sample bag's ground truth."""
+    """Against ONNX Runtime's fp32, by the tabletop model on the sample bag's ground truth."""
     from deeprob_perception import zoo
     from deeprob_perception.segmentation import Segmenter
     from deeprob_perception.segmentation.scores import Confusion
@@ -222,13 +222,13 @@ def test_openvino_loses_at_most_half_a_point_of_miou(precision, sample_frames, c
     if fast.precision != precision:
         pytest.skip(f"this CPU ({fast.device}) has no native {precision}: OpenVINO computes in {fast.precision}")
     miou = []
-    for engine in (engines.load(model, "onnxruntime", "f32"), fast):
+    for engine in (engines.load(model, "onnxruntime", "fp32"), fast):
         segmenter = Segmenter(engine)
         confusion = Confusion(len(segmenter.class_names))
         for bgr, truth in sample_frames:
             confusion.add(segmenter(bgr).labels, truth)
         miou.append(confusion.miou())
-    print(f"mIoU {miou[0]:.4f} by onnxruntime f32, {miou[1]:.4f} by openvino {precision}")
+    print(f"mIoU {miou[0]:.4f} by onnxruntime fp32, {miou[1]:.4f} by openvino {precision}")
     assert miou[1] >= miou[0] - 0.005
 
 
@@ -242,22 +242,22 @@ def test_a_precision_the_cpu_lacks_is_said_never_silent(tiny_model, cache, caplo
         assert engine.precision == "bf16"
         assert not caplog.records
     else:
-        assert engine.precision == "f32"
+        assert engine.precision == "fp32"
         assert "asked for bf16" in caplog.text
-        assert "computes in f32" in caplog.text
+        assert "computes in fp32" in caplog.text
 
 
 def test_auto_precision_is_bf16_only_where_it_is_native(tiny_model, cache, caplog):
     openvino = pytest.importorskip("openvino")
     native = "BF16" in openvino.Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     with caplog.at_level(logging.WARNING):
-        assert engines.load(tiny_model, "openvino", "auto", cache).precision == ("bf16" if native else "f32")
+        assert engines.load(tiny_model, "openvino", "auto", cache).precision == ("bf16" if native else "fp32")
     assert not caplog.records
 
 
 def test_onnxruntime_refuses_what_it_cannot_compute(tiny_model):
     pytest.importorskip("onnxruntime")
-    with pytest.raises(EngineError, match="computes in f32"):
+    with pytest.raises(EngineError, match="computes in fp32"):
         engines.load(tiny_model, "onnxruntime", "bf16")
 
 
@@ -265,7 +265,7 @@ def test_onnxruntime_refuses_what_it_cannot_compute(tiny_model):
     ("options", "message"),
     [
         ({"backend": "tensorflow"}, "unknown back end 'tensorflow'; there are: auto, openvino, onnxruntime"),
-        ({"precision": "f8"}, "unknown precision 'f8'; there are: auto, f32"),
+        ({"precision": "f8"}, "unknown precision 'f8'; there are: auto, fp32"),
         ({"threads": -1}, "threads is -1"),
     ],
 )
@@ -391,23 +391,23 @@ def test_a_graph_that_the_back_end_cannot_run_is_a_model_error(tiny_model, tmp_p
 class TestOpenVinoCache:
     def test_a_second_start_reads_the_cache_and_a_damaged_one_is_made_anew(self, tiny_model, tmp_path):
         image = pictures(1)
-        expected = engines.load(tiny_model, "openvino", "f32", tmp_path)(image=image, outputs=("labels",))["labels"]
+        expected = engines.load(tiny_model, "openvino", "fp32", tmp_path)(image=image, outputs=("labels",))["labels"]
         blobs = [f for f in tmp_path.rglob("*") if f.is_file()]
         assert blobs
         written = [f.stat().st_mtime_ns for f in blobs]
-        again = engines.load(tiny_model, "openvino", "f32", tmp_path)(image=image, outputs=("labels",))["labels"]
+        again = engines.load(tiny_model, "openvino", "fp32", tmp_path)(image=image, outputs=("labels",))["labels"]
         assert [f.stat().st_mtime_ns for f in blobs] == written
         np.testing.assert_array_equal(again, expected)
         for damage in (b"", b"garbage", blobs[0].read_bytes()[:1000]):
             for blob in blobs:
                 blob.write_bytes(damage)
-            anew = engines.load(tiny_model, "openvino", "f32", tmp_path)(image=image, outputs=("labels",))["labels"]
+            anew = engines.load(tiny_model, "openvino", "fp32", tmp_path)(image=image, outputs=("labels",))["labels"]
             np.testing.assert_array_equal(anew, expected)
 
     def test_a_folder_that_cannot_be_written_is_said_and_done_without(self, tiny_model, tmp_path, caplog):
         (tmp_path / "file").write_text("")
         with caplog.at_level(logging.WARNING):
-            engine = engines.load(tiny_model, "openvino", "f32", tmp_path / "file")
+            engine = engines.load(tiny_model, "openvino", "fp32", tmp_path / "file")
         assert "every start compiles anew" in caplog.text
         assert engine(image=pictures(1))["labels"].shape == (1, 96, 128)
 

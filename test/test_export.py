@@ -157,5 +157,5 @@ def test_swin_tiny_with_upernet_exports_and_agrees(tiny_recipe, tmp_path):
     assert len(np.unique(expected)) > 1
     for backend in engines.BACKENDS:
         if engines.unavailable(backend) is None:
-            engine = engines.load(path, backend, "f32", tmp_path, threads=1)
+            engine = engines.load(path, backend, "fp32", tmp_path, threads=1)
             assert (engine(image=image, outputs=["labels"])["labels"] == expected).mean() >= 0.999, backend

@@ -35,7 +35,7 @@ def ros():
 def perception(tiny_model, tmp_path):
     """The launch file as a user includes it; `precision` comes from the parameter file, the rest from arguments."""
     parameters = tmp_path / "mine.yaml"
-    parameters.write_text("/**:\n  ros__parameters:\n    precision: f32\n    threads: 1\n    model: overridden_below\n")
+    parameters.write_text("/**:\n  ros__parameters:\n    precision: fp32\n    threads: 1\n    model: overridden_below\n")
     arguments = {
         "params_file": str(parameters), "namespace": "robot", "image_topic": "/front/image_raw",
         "image_transport": "compressed", "model": str(tiny_model), "backend": "onnxruntime",
@@ -46,7 +46,7 @@ def perception(tiny_model, tmp_path):
 
 @pytest.mark.launch(fixture=perception)
 def test_the_launched_node_segments_the_camera_that_the_arguments_name(perception, tiny_model):
-    segmenter = Segmenter(engines.load(tiny_model, backend="onnxruntime", precision="f32", threads=1))
+    segmenter = Segmenter(engines.load(tiny_model, backend="onnxruntime", precision="fp32", threads=1))
     coarse = np.random.default_rng(1).integers(0, 256, (6, 8, 3), dtype=np.uint8)
     picture = cv2.resize(coarse, (160, 120), interpolation=cv2.INTER_CUBIC)
     image = make_compressed(picture, make_header(time.time_ns(), "front_optical_frame"), "jpeg", 95)
@@ -63,7 +63,7 @@ def test_the_launched_node_segments_the_camera_that_the_arguments_name(perceptio
         assert mask.header.frame_id == "front_optical_frame"
         probe.fresh_diagnostics()
         assert probe.values("model")["backend"] == "onnxruntime"
-        assert probe.values("model")["requested_precision"] == "f32", "params_file was not read"
+        assert probe.values("model")["requested_precision"] == "fp32", "params_file was not read"
     finally:
         probe.close()
 

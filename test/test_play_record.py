@@ -167,7 +167,7 @@ def test_record_writes_what_was_sent_with_latched_topics_and_a_whole_file_on_ctr
 def test_measuring_counts_every_frame_of_a_short_run(tiny_model, monkeypatch):
     for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
         monkeypatch.setenv(name, os.environ[name])  # restored after measure() has set its own
-    seen = measure(tiny_model, rate_hz=10, seconds=2, precision="f32", threads=1, width=160, height=120)
+    seen = measure(tiny_model, rate_hz=10, seconds=2, precision="fp32", threads=1, width=160, height=120)
     assert seen["sent"] == 20 and seen["accounted"], seen
     assert seen["stamps_equal"] and seen["frame_ids_equal"] and seen["newest_wins"], seen
     assert seen["failed"] == 0 and seen["masks"] >= 1

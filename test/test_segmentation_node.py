@@ -30,12 +30,12 @@ def ros():
 
 @pytest.fixture(scope="module")
 def segmenter(tiny_model):
-    return Segmenter(engines.load(tiny_model, precision="f32", threads=1))
+    return Segmenter(engines.load(tiny_model, precision="fp32", threads=1))
 
 
 @pytest.fixture(scope="module")
 def node(tiny_model, tmp_path_factory):
-    process = segmentation_node(tmp_path_factory.mktemp("node") / "log", model=tiny_model, precision="f32", threads=1)
+    process = segmentation_node(tmp_path_factory.mktemp("node") / "log", model=tiny_model, precision="fp32", threads=1)
     yield process
     assert process.alive, process.output
     assert process.stop() == 0, process.output
@@ -223,7 +223,7 @@ def test_without_listeners_nothing_is_computed_and_without_a_publisher_that_is_s
 
 def test_compressed_input_a_model_that_is_missing_then_corrupt_then_mended_and_lazy_overlay(tmp_path, tiny_model, segmenter):
     node = segmentation_node(tmp_path / "log", "__ns:=/left", "image:=/camera/image_raw", model=tmp_path / "lost.onnx",
-                             precision="f32", threads=1, image_transport="compressed")
+                             precision="fp32", threads=1, image_transport="compressed")
     probe = Probe(node, "/left/segmentation")
     try:
         probe.says("model", "lost.onnx")
@@ -261,7 +261,7 @@ def test_compressed_input_a_model_that_is_missing_then_corrupt_then_mended_and_l
         assert np.abs(to_bgr(overlay).astype(int) - drawn).mean() < 8
         probe.until(lambda: "overlay_p50_ms" in probe.values("output"), "the overlay's stage")
         facts = probe.values("model")
-        assert facts["name"] == "tiny" and facts["precision"] == "f32" and len(facts["sha256"]) == 64
+        assert facts["name"] == "tiny" and facts["precision"] == "fp32" and len(facts["sha256"]) == 64
     finally:
         probe.close()
         assert node.stop(signal.SIGTERM) == 0, node.output

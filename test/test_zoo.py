@@ -340,7 +340,7 @@ def test_a_shipped_model_can_be_fine_tuned_its_weights_are_read_back(model, conv
     rounded = export.round_weights(state)
     assert_same({n: read_state[n] for n in floats}, {n: rounded[n] for n in floats})
     bgr = np.random.default_rng(0).integers(0, 256, (1, HEIGHT, WIDTH_PIXELS, 3), np.uint8)
-    labels = engines.load(model, "onnxruntime", "f32")(image=bgr, outputs=("labels",))["labels"]
+    labels = engines.load(model, "onnxruntime", "fp32")(image=bgr, outputs=("labels",))["labels"]
     images = torch.from_numpy(bgr[0, :, :, ::-1].copy()).permute(2, 0, 1)[None] / 255.0
     mean, std = (torch.tensor(recipe[key]).reshape(1, 3, 1, 1) for key in ("mean", "std"))
     expected = run(read_recipe, read_state, (images - mean) / std).argmax(1).numpy()
@@ -410,7 +410,7 @@ def test_fetch_from_a_folder_makes_a_model_that_resolves_by_its_name(folder, hug
     out = deeprob("models", "fetch", folder, "--height", 64, "--width", 96)
     path = zoo.resolve("upernet-swin-test")
     assert str(path) in out
-    engine = engines.load(path, "onnxruntime", "f32")
+    engine = engines.load(path, "onnxruntime", "fp32")
     assert (engine.metadata["licence"], json.loads(engine.metadata["classes"])) == ("mit", CLASSES)
     assert engine.inputs[0].shape == (1, 64, 96, 3)
     recipe, _ = zoo.load_checkpoint("upernet-swin-test")  # the float32 weights, by name

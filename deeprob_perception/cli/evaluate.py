@@ -18,7 +18,7 @@ def segmentation(
     data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (8-bit, pixel = class id; other ids are void).")],
     model: Annotated[str, typer.Option(help="Model name or .onnx file.")],
     backend: Annotated[str, typer.Option(help="Engine: auto, openvino, onnxruntime.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, f32 or bf16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the engine's choice.")] = 0,
     only: Annotated[str | None, typer.Option(help="Score the images whose names begin so (comma-separated).")] = None,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,

@@ -23,7 +23,7 @@ def replay(
     topic: Annotated[str | None, typer.Option(help="Image topic; by default a colour camera's.")] = None,
     model: Annotated[str, typer.Option(help="A model's name, or an .onnx file.")] = "tabletop",
     backend: Annotated[str, typer.Option(help="auto, openvino or onnxruntime.")] = "auto",
-    precision: Annotated[str, typer.Option(help="auto, f32 or bf16.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32 or bf16.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads for one inference; 0 for all cores.")] = 0,
     confidence: Annotated[bool, typer.Option("--confidence", help="Write the confidence images too.")] = False,
     overlay: Annotated[Path | None, typer.Option(help="Write the overlay as a video (.mp4).")] = None,

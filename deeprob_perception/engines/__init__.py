@@ -19,7 +19,7 @@ from deeprob_perception.errors import EngineError
 __all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "unavailable"]
 
 BACKENDS = ("openvino", "onnxruntime")  # each is a module of this package
-PRECISIONS = ("auto", "f32", "bf16")
+PRECISIONS = ("auto", "fp32", "bf16")
 log = logging.getLogger(__name__)
 
 
@@ -33,7 +33,7 @@ def load(
     """Load a model that `deeprob export` wrote.
 
     :param backend: a name in `BACKENDS`, or `auto`: OpenVINO on x86, ONNX Runtime elsewhere.
-    :param precision: `f32`, `bf16`, or `auto`: bf16 where the CPU computes it natively and the back end can, else f32.
+    :param precision: `fp32`, `bf16`, or `auto`: bf16 where the CPU computes it natively and the back end can, else fp32.
         What really runs is `engine.precision`; it differs from what was asked only with a warning in the log.
     :param cache_dir: where compiled models are kept for a quicker start; None for the user's cache folder.
     :param threads: for one inference; 0 leaves it to the back end (all cores).

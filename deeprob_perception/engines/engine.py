@@ -19,7 +19,7 @@ class Engine(ABC):
 
     - `inputs`, `outputs`: lists of TensorSpec (name, shape, dtype)
     - `backend`, `device`: names, such as `openvino` and `AMD EPYC`
-    - `precision`: what the arithmetic really runs in (`f32`, `bf16`), `requested_precision`: what was asked for
+    - `precision`: what the arithmetic really runs in (`fp32`, `bf16`), `requested_precision`: what was asked for
     - `metadata`: the model's own, keys without prefix
     """
 

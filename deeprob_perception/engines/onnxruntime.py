@@ -25,12 +25,12 @@ def load(model: ModelFile, precision: str, cache_dir: Path | None, threads: int)
 
 class OnnxRuntimeEngine(Engine):
     backend = "onnxruntime"
-    precision = "f32"
+    precision = "fp32"
 
     def __init__(self, model: ModelFile, precision: str, threads: int):
         super().__init__(model, precision)
-        if precision not in ("auto", "f32"):
-            raise EngineError(f"the back end onnxruntime computes in f32, not in {precision}; take openvino or f32")
+        if precision not in ("auto", "fp32"):
+            raise EngineError(f"the back end onnxruntime computes in fp32, not in {precision}; take openvino or fp32")
         import onnxruntime
 
         options = onnxruntime.SessionOptions()

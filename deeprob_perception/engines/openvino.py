@@ -13,6 +13,8 @@ from deeprob_perception.engines.model_file import ModelFile
 from deeprob_perception.errors import EngineError, ModelError
 from deeprob_perception.share import PACKAGE
 
+# Our names of precisions -> OpenVINO's.
+HINTS = {"fp32": "f32", "bf16": "bf16"}
 log = logging.getLogger(__name__)
 
 
@@ -44,11 +46,11 @@ class OpenVinoEngine(Engine):
         self._core = openvino.Core()
         self.device = self._core.get_property("CPU", "FULL_DEVICE_NAME").strip()
         has_bf16 = "BF16" in self._core.get_property("CPU", "OPTIMIZATION_CAPABILITIES")
-        wanted = ("bf16" if has_bf16 else "f32") if precision == "auto" else precision
+        wanted = ("bf16" if has_bf16 else "fp32") if precision == "auto" else precision
         self._options: dict[str, Any] = {
             "PERFORMANCE_HINT": "LATENCY",
             "NUM_STREAMS": 1,
-            "INFERENCE_PRECISION_HINT": wanted,
+            "INFERENCE_PRECISION_HINT": HINTS[wanted],
         }
         if threads:
             self._options["INFERENCE_NUM_THREADS"] = threads
@@ -62,7 +64,8 @@ class OpenVinoEngine(Engine):
             raise ModelError(f"{model.path}: OpenVINO refuses it: {_last_line(error)}") from error
         # The node's usual request; what else is asked for is compiled when it first is.
         request = self._request((self.outputs[0].name,))
-        actual = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
+        hint = request.get_compiled_model().get_property("INFERENCE_PRECISION_HINT").to_string()
+        actual = {theirs: ours for ours, theirs in HINTS.items()}.get(hint, hint)
         self.precision = actual
         if actual != wanted:
             log.warning("%s: asked for %s, but this CPU (%s) computes in %s", model.path.name, wanted, self.device, actual)
