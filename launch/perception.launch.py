@@ -41,6 +41,9 @@ def generate_launch_description() -> LaunchDescription:
         DeclareLaunchArgument(
             "autostart", default_value="true", choices=["true", "false"],
             description="Whether the node configures and activates itself; false leaves that to a lifecycle manager."),
+        DeclareLaunchArgument(
+            "build_only", default_value="false", choices=["true", "false"],
+            description="Build the model's engine into the cache and end, for baking images; the exit status tells."),
     ]
     # Parameters come in the order of these actions, so what is given on the command line beats the file.
     given = []
@@ -66,6 +69,7 @@ def generate_launch_description() -> LaunchDescription:
             *given,
             SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
             SetParameter("autostart", LaunchConfiguration("autostart")),
+            SetParameter("build_only", LaunchConfiguration("build_only")),
             node,
         ]),
     ])

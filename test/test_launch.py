@@ -74,6 +74,6 @@ def test_every_argument_is_declared_at_top_level_with_a_description():
     description = PythonLaunchDescriptionSource(str(LAUNCH_FILE)).get_launch_description(LaunchContext())
     declared = {action.name: action for action in description.entities if isinstance(action, DeclareLaunchArgument)}
     assert set(declared) == {"params_file", "namespace", "image_topic", "image_transport", "model", "backend",
-                             "use_sim_time", "log_level", "autostart"}
+                             "use_sim_time", "log_level", "autostart", "build_only"}
     assert all(len(action.description) > 10 for action in declared.values())
     assert declared["backend"].choices == ["", "auto", *engines.BACKENDS]

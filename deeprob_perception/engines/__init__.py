@@ -2,7 +2,8 @@
 """A model file -> something callable. One interface (`engine.Engine`), one file a back end, chosen here by name.
 
 A back end's file has `unavailable() -> str | None` (why it cannot be used on this machine, in one line) and
-`load(model, precision, cache_dir, threads) -> Engine`; it imports its library inside those two.
+`load(model, precision, cache_dir, threads) -> Engine`; it imports its library inside those two. One that has to build an
+engine for minutes before it can load it also has `ready(model, precision, cache_dir) -> bool`.
 """
 
 import logging
@@ -16,7 +17,7 @@ from deeprob_perception.engines.engine import Engine
 from deeprob_perception.engines.model_file import ModelFile, TensorSpec
 from deeprob_perception.errors import EngineError
 
-__all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "unavailable"]
+__all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "ready", "stand_in", "unavailable"]
 
 BACKENDS = ("openvino", "onnxruntime")  # each is a module of this package
 PRECISIONS = ("auto", "fp32", "bf16")
@@ -66,6 +67,25 @@ def choose() -> tuple[str, str]:
     if unavailable(order[1]) is None:
         return order[1], f"auto: {order[0]} cannot be used: {first}"
     raise EngineError("no back end can run models here; `pip install onnxruntime` gives one")
+
+
+def ready(path: str | Path, backend: str, precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
+    """Tell whether a back end can load the model at once, or would have to build an engine first.
+
+    :raises ModelError: when the file is missing, damaged or not ours.
+    """
+    model = model_file.read(path)
+    if not hasattr(_module(backend), "ready") or unavailable(backend):
+        return True  # at once, or never: `load` says why
+    return bool(_module(backend).ready(model, precision, None if cache_dir is None else Path(cache_dir)))
+
+
+def stand_in(path: str | Path, backend: str, cache_dir: str | Path | None = None) -> str | None:
+    """Return the next best back end that can load the model at once while `backend` builds; None when there is none."""
+    for name in BACKENDS:
+        if name != backend and unavailable(name) is None and ready(path, name, "auto", cache_dir):
+            return name
+    return None
 
 
 def unavailable(backend: str) -> str | None:

@@ -28,11 +28,13 @@ from rclpy.qos_overriding_options import QoSOverridingOptions
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image
 
+from deeprob_perception import engines, zoo
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
 from deeprob_perception.nodes.dds import use_large_image_profile
 from deeprob_perception.nodes.diagnostics import Diagnostics
+from deeprob_perception.nodes.engine_source import EngineSource, Wish
 from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
@@ -56,6 +58,20 @@ CAMERA_SETTINGS = (
 )
 
 
+def engine_settings(model: str) -> tuple[Setting, ...]:
+    """Return the parameters that say which engine a node runs; `model` is the default of the first."""
+    return (
+        Setting("model", model, "A model's name (`deeprob models list`) or the path of an .onnx of `deeprob export`."),
+        Setting("backend", "auto", "What runs the model.", choices=("auto", *engines.BACKENDS)),
+        Setting("precision", "auto", "Arithmetic: auto takes the fastest that the device computes natively.",
+                choices=engines.PRECISIONS),
+        Setting("threads", 0, "Threads for one inference; 0 is all cores.", between=(0, 1024)),
+        Setting("cache_dir", "", "Where compiled models are kept; empty is the user's cache folder."),
+        Setting("serve_while_building", True, "While an engine is built (minutes, with TensorRT), serve on another back end."),
+        Setting("build_only", False, "Load the model, which builds its engine into the cache, then end: for baking images."),
+    )
+
+
 class CameraNode(LifecycleNode):
     """A lifecycle node with one camera in. Subclasses say what is loaded, what goes out, and how it is computed."""
 
@@ -67,6 +83,7 @@ class CameraNode(LifecycleNode):
         self.outputs: dict[str, LifecyclePublisher] = {}
         self.subscription: Subscription | None = None
         self.failure = ""
+        self.engine_source = EngineSource()
         self.lost_in_transport = 0
         self.last_arrival = monotonic()
         self._types: dict[str, str] = {}
@@ -168,6 +185,14 @@ class CameraNode(LifecycleNode):
     def wanted(self) -> set[str]:
         """Return the outputs that somebody listens to."""
         return {name for name, publisher in self.outputs.items() if publisher.get_subscription_count()}
+
+    def open_engine(self) -> engines.Engine:
+        """Load the engine of `engine_settings`, or one to serve until it is built; `engine_source.newer()` is the next."""
+        settings = self.settings
+        wish = Wish(zoo.resolve(settings["model"]), settings["backend"], settings["precision"], settings["cache_dir"] or None,
+                    settings["threads"])
+        self.engine_source = EngineSource()
+        return self.engine_source.open(wish, settings["serve_while_building"] and not settings["build_only"])
 
     # Callbacks, on the executor's thread ------------------------------------------------------------------------------
 
@@ -283,6 +308,7 @@ class CameraNode(LifecycleNode):
 
     def _release(self) -> None:
         self.release_outputs()
+        self.engine_source.close()
         with contextlib.suppress(RuntimeError):  # the worker is shut down already: nothing is loaded
             self._worker.submit(self.unload).result()
 
@@ -304,7 +330,10 @@ class _RosLog(logging.Handler):
 
 
 def spin(create: Callable[[], CameraNode], args: list[str] | None = None) -> int:
-    """Run a node until it is told to stop; return the exit status, 2 for parameters it cannot start with."""
+    """Run a node until it is told to stop; return the exit status, 2 for parameters it cannot start with.
+
+    With the parameter `build_only` the node is configured and ends; the status is then 1 if that failed.
+    """
     use_large_image_profile()
     rclpy.init(args=args)
     try:
@@ -316,6 +345,8 @@ def spin(create: Callable[[], CameraNode], args: list[str] | None = None) -> int
     executor = SingleThreadedExecutor()
     executor.add_node(node)
     try:
+        if node.settings["build_only"]:
+            return 0 if node.trigger_configure() == SUCCESS else 1
         if node.settings["autostart"] and node.trigger_configure() == SUCCESS:
             node.trigger_activate()
         executor.spin()

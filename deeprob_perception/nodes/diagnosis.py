@@ -42,6 +42,7 @@ class Facts:
     lost: share of the frames of the last seconds which the transport lost.
     failing: reason of the last frame's failure, or "". age: seconds, of the last stamp; None if it is not known.
     clock_missing: use_sim_time is set and /clock says nothing.
+    build_failure: why the wanted engine never came and what serves instead, or "".
     """
 
     node: str
@@ -61,6 +62,7 @@ class Facts:
     zero_stamps: bool = False
     clock_missing: bool = False
     stale_after: float = 1.0
+    build_failure: str = ""
 
 
 def causes(facts: Facts) -> list[Cause]:
@@ -77,6 +79,8 @@ def _causes(facts: Facts) -> Iterator[Cause]:
             yield Cause("not_active", "output", Level.WARN,
                         f"not active but {facts.state}: `ros2 lifecycle set {facts.node} {verb}`")
         return
+    if facts.build_failure:
+        yield Cause("build_failed", "model", Level.WARN, facts.build_failure)
     yield from _input_causes(facts)
     if facts.lost > LOST:
         yield Cause("lost", "input", Level.WARN,

@@ -40,6 +40,8 @@ class Diagnostics:
         found = causes(facts)
         self._log(facts, found)
         model = self._node.model_facts()
+        if model:
+            model = {**model, "building": self._node.engine_source.building}
         message = DiagnosticArray()
         message.header.stamp = self._node.get_clock().now().to_msg()
         message.status = [
@@ -77,6 +79,7 @@ class Diagnostics:
             zero_stamps=stamps.last_was_zero,
             clock_missing=clock.ros_time_is_active and clock.now().nanoseconds == 0,
             stale_after=node.settings["stale_after"],
+            build_failure=node.engine_source.failure,
         )
 
     def _publishers(self, topic: str, msgtype: str) -> tuple[int, list[str], list[str]]:
@@ -134,7 +137,7 @@ class Diagnostics:
         level = max((cause.level for cause in mine), default=Level.OK)
         good = {"input": f"{values.get('rate_hz')} Hz, {values.get('dropped')} dropped",
                 "output": f"{values.get('rate_hz')} Hz",
-                "model": f"{values.get('name')} on {values.get('backend')} {values.get('precision')}"
+                "model": values.get("building") or f"{values.get('name')} on {values.get('backend')} {values.get('precision')}"
                 if values else "not loaded"}[item]
         return DiagnosticStatus(
             level=bytes([level]),

@@ -15,7 +15,7 @@ from deeprob_perception import engines, zoo
 from deeprob_perception.errors import ModelError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE
 from deeprob_perception.messages.images import make_compressed, make_image
-from deeprob_perception.nodes.base import LATCHED, CameraNode, measured, spin
+from deeprob_perception.nodes.base import LATCHED, CameraNode, engine_settings, measured, spin
 from deeprob_perception.nodes.parameters import Setting
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.overlay import draw
@@ -28,11 +28,7 @@ except ImportError:  # not on PyPI, and without LabelInfo before 4.1
 ALL = "all"
 
 SETTINGS = (
-    Setting("model", "street", "A model's name (`deeprob models list`) or the path of an .onnx of `deeprob export`."),
-    Setting("backend", "auto", "What runs the model.", choices=("auto", *engines.BACKENDS)),
-    Setting("precision", "auto", "Arithmetic: auto takes bf16 where the CPU has it.", choices=engines.PRECISIONS),
-    Setting("threads", 0, "Threads for one inference; 0 is all cores.", between=(0, 1024)),
-    Setting("cache_dir", "", "Where compiled models are kept; empty is the user's cache folder."),
+    *engine_settings("street"),
     Setting("overlay_alpha", 0.5, "Opacity of the colours in the overlay.", live=True, between=(0.0, 1.0)),
     Setting("shown_classes", [ALL], "Classes coloured in the overlay, by name; [\"all\"] for all.", live=True),
     Setting("jpeg_quality", 90, "Quality of ~/overlay/compressed.", live=True, between=(1, 100)),
@@ -63,18 +59,13 @@ class SegmentationNode(CameraNode):
     # Configure --------------------------------------------------------------------------------------------------------
 
     def load(self) -> None:
-        path = zoo.resolve(self.settings["model"])
-        engine = engines.load(path, self.settings["backend"], self.settings["precision"],
-                              self.settings["cache_dir"] or None, self.settings["threads"])
+        engine = self.open_engine()
         segmenter = Segmenter(engine)
         self._facts = {
-            "name": engine.metadata.get("name", path.stem),
-            "path": str(path),
-            "sha256": zoo.checksum(path),
-            "backend": engine.backend,
-            "precision": engine.precision,
-            "requested_precision": engine.requested_precision,
-            "device": engine.device,
+            "name": engine.metadata["name"],
+            "path": str(engine.path),
+            "sha256": zoo.checksum(engine.path),
+            **engine_facts(engine),
             "input": str(engine.inputs[0]),
             "classes": " ".join(segmenter.class_names),
         }
@@ -109,6 +100,9 @@ class SegmentationNode(CameraNode):
         self, bgr: np.ndarray, header: Any, wanted: set[str], stages: dict[str, float]
     ) -> Iterator[tuple[str, Any]]:
         assert self._segmenter is not None
+        if engine := self.engine_source.newer():
+            self._segmenter.engine = engine  # of the same model, so of the same shapes
+            self._facts = {**self._facts, **engine_facts(engine)}
         result = self._segmenter(bgr, confidence="confidence" in wanted)
         for name in self._segmenter.stages.summary():
             stages[name] = float(self._segmenter.stages[name].values().sum())
@@ -144,6 +138,16 @@ class SegmentationNode(CameraNode):
         if self._label_info is not None:
             self.destroy_lifecycle_publisher(self._label_info)
             self._label_info = None
+
+
+def engine_facts(engine: engines.Engine) -> dict[str, str]:
+    """Return what diagnostics say of the engine that runs."""
+    return {
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "requested_precision": engine.requested_precision,
+        "device": engine.device,
+    }
 
 
 def label_info(class_names: list[str]) -> Any:
