@@ -1,7 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segmentation node with one more back end, `slow`, whose engine is "built" as soon as a file says how the build ends.
 
-Run by test_engine_source.py: slow_backend_node.py FILE --ros-args ... The back end computes by ONNX Runtime; its build is made up.
+Run by test_engine_source.py: slow_backend_node.py FILE --ros-args ... ONNX Runtime does the work; only the build is made up.
 """
 
 import sys
