@@ -32,6 +32,21 @@ OFFICIAL = {
     "swin-small-upernet": "openmmlab/upernet-swin-small",
     "swin-base-upernet": "openmmlab/upernet-swin-base",
     "swin-large-upernet": "openmmlab/upernet-swin-large",
+    "dino-vits16": "facebook/dino-vits16",
+    "dino-vits8": "facebook/dino-vits8",
+    "dino-vitb16": "facebook/dino-vitb16",
+    "dino-vitb8": "facebook/dino-vitb8",
+    "dinov2-vits14": "facebook/dinov2-small",
+    "dinov2-vitb14": "facebook/dinov2-base",
+    "dinov2-vitl14": "facebook/dinov2-large",
+    "dinov2-vitg14": "facebook/dinov2-giant",
+    "dinov2-vits14-registers": "facebook/dinov2-with-registers-small",
+    "dinov2-vitb14-registers": "facebook/dinov2-with-registers-base",
+    "dinov2-vitl14-registers": "facebook/dinov2-with-registers-large",
+    "dinov2-vitg14-registers": "facebook/dinov2-with-registers-giant",
+    "dinov3-vits16": "facebook/dinov3-vits16-pretrain-lvd1689m",
+    "dinov3-vitb16": "facebook/dinov3-vitb16-pretrain-lvd1689m",
+    "dinov3-vitl16": "facebook/dinov3-vitl16-pretrain-lvd1689m",
 }
 
 
@@ -177,7 +192,7 @@ def fetch(source: str, name: str | None = None, size: tuple[int, int] | None = (
     recipe["licence"] = card_licence(folder / "README.md")
     weights = cache_dir() / f"{name}.safetensors"
     save_checkpoint(weights, state, recipe)
-    if recipe["task"] == "backbone" or size is None:
+    if recipe["task"] != "segmentation" or size is None:
         return weights, None
     model = export(recipe, state, cache_dir() / f"{name}.onnx", *size)
     write_manifest(cache_dir())

@@ -70,8 +70,8 @@ def pair(variant, window, width):
     """Return theirs, randomised, and ours with their weights converted."""
     with no_init_weights():  # every value is set below; the initialisation takes longer than the test
         theirs = randomize(hugging_face(variant, window, width))
-        state = checkpoints.rename(theirs.state_dict(), "theirs")
-        recipe = {**checkpoints.infer_recipe(state, "theirs"), "classes": ["any"] * CLASSES}
+        state = checkpoints.swin.rename(theirs.state_dict(), "theirs")
+        recipe = {**checkpoints.swin.infer_recipe(state, {}, "theirs"), "classes": ["any"] * CLASSES}
         assert (recipe["backbone"], recipe["window_size"], recipe["head_channels"]) == (variant, window, width)
         ours = build(recipe)
     ours.load_state_dict(state)

@@ -196,9 +196,9 @@ def test_mmsegmentations_merging_equals_ours_after_reordering():
     ours = swin.PatchMerging(8)
     ours.load_state_dict(
         {
-            "norm.weight": checkpoints.undo_unfold_order(scale),
-            "norm.bias": checkpoints.undo_unfold_order(shift),
-            "reduction.weight": checkpoints.undo_unfold_order(weight),
+            "norm.weight": checkpoints.swin.undo_unfold_order(scale),
+            "norm.bias": checkpoints.swin.undo_unfold_order(shift),
+            "reduction.weight": checkpoints.swin.undo_unfold_order(weight),
         }
     )
     with torch.inference_mode():
@@ -423,7 +423,7 @@ def test_fetch_from_a_folder_makes_a_model_that_resolves_by_its_name(folder, hug
 def test_fetching_a_backbone_keeps_its_weights_for_training(tmp_path):
     randomize(transformers.SwinModel(swin_config())).save_pretrained(tmp_path / "swin-model")
     out = deeprob("models", "fetch", tmp_path / "swin-model", "--name", "mine")
-    assert "backbone without a head" in out
+    assert "without a segmentation head" in out
     recipe, state = zoo.load_checkpoint("mine")
     assert recipe["task"] == "backbone"
     assert all(name.startswith("backbone.") for name in state)

@@ -84,7 +84,7 @@ def fetch(
     width: Width = 640,
     export: Annotated[bool, typer.Option(help="Also export the model, so that nodes can run it by its name.")] = True,
 ) -> None:
-    """Get a published Swin checkpoint, convert it, and keep it in the cache."""
+    """Get a published Swin or DINO checkpoint, convert it, and keep it in the cache."""
     from rich.console import Console
 
     from deeprob_perception import zoo
@@ -96,7 +96,7 @@ def fetch(
     if model is not None:
         console.print(f"model:   {model}  (--model {model.stem})", soft_wrap=True)
     elif export:
-        console.print("This is a backbone without a head: train one on it, there are no masks to export.")
+        console.print("These are weights without a segmentation head: there are no masks to export.")
 
 
 @models.command()

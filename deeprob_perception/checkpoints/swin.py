@@ -1,11 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published Swin checkpoints -> our tensor names: Hugging Face's, Microsoft's and mmsegmentation's layouts.
+"""Published Swin checkpoints -> our tensor names: Hugging Face's, Microsoft's and mmsegmentation's layouts."""
 
-What is inferred from the tensors (sizes, depths, heads, window, number of classes) is never guessed from a file's name.
-Torch is imported here, so nothing that runs on a robot may import this file.
-"""
-
-import json
 import re
 from collections.abc import Mapping
 from pathlib import Path
@@ -16,13 +11,8 @@ from torch import Tensor
 
 from deeprob_perception.errors import ModelError
 from deeprob_perception.nets import swin
-from deeprob_perception.nets.segmenter import IMAGENET_MEAN, IMAGENET_STD, build
 
 State = dict[str, Tensor]
-
-PICKLES = (".bin", ".pth", ".pt", ".ckpt")
-# What a folder from the hub may hold, in the order of preference.
-WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 # Buffers that are computed from the shape, and parts that a segmentation network doesn't run: the auxiliary training
 # head, the classifier of ImageNet, the mask token of SimMIM.
@@ -58,82 +48,6 @@ RENAMES: tuple[tuple[str, str], ...] = (
     (r"^decode_head\.fpn_bottleneck\.", "head.fuse."),
     (r"^(head\..*)\.batch_norm\.", r"\1.bn."),
 )
-
-
-def convert(source: Path) -> tuple[dict[str, Any], State]:
-    """Read an official checkpoint and return `(recipe, state)` under our names, float32.
-
-    :param source: a folder from the Hugging Face hub (config.json beside the weights), or a .safetensors, .bin, .pth,
-        .pt or .ckpt file. A pickle is read with `weights_only=True`: no code in it runs.
-    :return: a recipe with `task` `segmentation` (Swin + UPerNet), or `backbone` where there is no head: then the norms
-        of stages 1 to 3, which a classifier doesn't have, are the identity, and the fourth is its final norm.
-    :raises ModelError: for another architecture, or missing, unexpected or mis-shaped tensors (the first few names).
-    """
-    source = Path(source)
-    weights = source
-    if source.is_dir():
-        found = [source / name for name in WEIGHT_FILES if (source / name).is_file()]
-        if not found:
-            raise ModelError(f"{source}: none of {', '.join(WEIGHT_FILES)} in this folder")
-        weights = found[0]
-    tensors, meta = read_tensors(weights)
-    config = read_json(weights.parent / "config.json")
-    check_config(config, weights)
-    state = rename(tensors, str(weights))
-    recipe = infer_recipe(state, str(weights))
-    preprocessor = read_json(weights.parent / "preprocessor_config.json")
-    recipe["mean"] = list(preprocessor.get("image_mean", IMAGENET_MEAN))
-    recipe["std"] = list(preprocessor.get("image_std", IMAGENET_STD))
-    if recipe["task"] == "segmentation":
-        count = state["head.classify.weight"].shape[0]
-        recipe["classes"] = class_names(config, meta, count)
-        recipe["palette"] = color_map(count)
-    check_state(recipe, state, str(weights))
-    return recipe, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
-
-
-def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
-    """Return the tensors of a weights file by name, and what else a training framework stored beside them."""
-    if not path.is_file():
-        raise ModelError(f"{path}: no such file")
-    if path.suffix == ".safetensors":
-        from safetensors import SafetensorError
-        from safetensors.torch import load_file
-
-        try:
-            return load_file(path), {}
-        except (SafetensorError, OSError, ValueError) as error:
-            raise ModelError(f"{path}: not a readable safetensors file ({error})") from error
-    if path.suffix not in PICKLES:
-        raise ModelError(f"{path}: not a weights file; there are: .safetensors, {', '.join(PICKLES)}")
-    try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:  # torch raises as many kinds as there are ways to be corrupt
-        reason = (str(error).strip().splitlines() or [repr(error)])[0]
-        raise ModelError(
-            f"{path}: damaged, or cannot be read without running code from it, which is refused ({reason}); "
-            "save its state_dict as .safetensors where it comes from"
-        ) from error
-    meta = content.get("meta", {}) if isinstance(content, Mapping) else {}
-    for key in ("state_dict", "model"):
-        if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
-            content = content[key]
-    if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
-        raise ModelError(f"{path}: holds no state_dict of tensors")
-    tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors, meta if isinstance(meta, dict) else {}
-
-
-def read_json(path: Path) -> dict[str, Any]:
-    if not path.is_file():
-        return {}
-    try:
-        content = json.loads(path.read_text())
-    except (OSError, ValueError) as error:
-        raise ModelError(f"{path}: not JSON ({error})") from error
-    if not isinstance(content, dict):
-        raise ModelError(f"{path}: not a JSON object")
-    return content
 
 
 def check_config(config: dict[str, Any], source: Path) -> None:
@@ -215,7 +129,7 @@ def complete(state: State) -> None:
         state.setdefault(name.replace("running_mean", "num_batches_tracked"), torch.tensor(0))
 
 
-def infer_recipe(state: State, source: str) -> dict[str, Any]:
+def infer_recipe(state: State, config: dict[str, Any], source: str) -> dict[str, Any]:
     """Read variant, window and head off the tensors' shapes."""
     patch = state.get("backbone.patch_embed.proj.weight")
     if patch is None:
@@ -271,32 +185,3 @@ def color_map(count: int) -> list[list[int]]:
                 color[channel] |= (i >> (3 * bit + channel) & 1) << (7 - bit)
         palette.append(color)
     return palette
-
-
-def check_state(recipe: dict[str, Any], state: Mapping[str, Tensor], source: str) -> None:
-    """Compare the tensors with the network that the recipe describes, before anything is loaded.
-
-    :raises ModelError: listing the first few missing, unexpected and mis-shaped names.
-    """
-    with torch.device("meta"):  # shapes only, no memory
-        if recipe.get("task") == "backbone":
-            net = build({**recipe, "head": "fpn", "classes": ["any"]})
-            expected = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
-        else:
-            expected = build(recipe).state_dict()
-    wrong = {
-        "missing": [name for name in expected if name not in state],
-        "unexpected": [name for name in state if name not in expected],
-        "mis-shaped": [
-            f"{name} {list(state[name].shape)} instead of {list(tensor.shape)}"
-            for name, tensor in expected.items()
-            if name in state and state[name].shape != tensor.shape
-        ],
-    }
-    if any(wrong.values()):
-        parts = [
-            f"{len(names)} {kind} ({', '.join(names[:3])}{', ...' if len(names) > 3 else ''})"
-            for kind, names in wrong.items()
-            if names
-        ]
-        raise ModelError(f"{source}: its tensors are not those of {recipe['backbone']}: {'; '.join(parts)}")
