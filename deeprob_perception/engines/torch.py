@@ -57,15 +57,12 @@ class TorchEngine(Engine):
 
         self._torch = torch
         cuda = torch.cuda.is_available()
-        if model.precision != "fp32":
-            name = model.path.name
-            raise EngineError(f"{name} is a {model.precision} model file; torch takes the fp32 file that it was made from")
         if cuda:
             # bfloat16 first: no activation of any network overflows it, which float16's 65504 cannot promise.
             floats = ("bf16", "fp16", "fp32") if torch.cuda.is_bf16_supported(including_emulation=False) else ("fp16", "fp32")
         else:
             floats = ("fp32", "bf16")
-        self.precision = settle_precision(model, precision, self.backend, floats)
+        self.precision = settle_precision(model, precision, self.backend, floats, quantised=False)
         self.device = torch.cuda.get_device_name() if cuda else processor_name()
         self._place = "cuda" if cuda else "cpu"
         if threads and not cuda:

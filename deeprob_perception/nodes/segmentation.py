@@ -30,7 +30,8 @@ ALL = "all"
 SETTINGS = (
     Setting("model", "street", "A model's name (`deeprob models list`) or the path of an .onnx of `deeprob export`."),
     Setting("backend", "auto", "What runs the model.", choices=("auto", *engines.BACKENDS)),
-    Setting("precision", "auto", "Arithmetic: auto takes bf16 where the CPU has it.", choices=engines.PRECISIONS),
+    Setting("precision", "auto", "Arithmetic: auto takes int8 of a quantised model, else bf16 where it is native.",
+            choices=engines.PRECISIONS),
     Setting("threads", 0, "Threads for one inference; 0 is all cores.", between=(0, 1024)),
     Setting("cache_dir", "", "Where compiled models are kept; empty is the user's cache folder."),
     Setting("overlay_alpha", 0.5, "Opacity of the colours in the overlay.", live=True, between=(0.0, 1.0)),
