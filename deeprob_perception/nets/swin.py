@@ -183,7 +183,7 @@ class Block(nn.Module):
         if shift:
             x = torch.roll(x, (shift, shift), dims=(1, 2))
         x = shortcut + self.drop_path(x[:, :height, :width])
-        # As [B, tokens, C]: OpenVINO's int8 products take the bias, the GELU and the sum into the kernel for three axes only.
+        # As [B, H*W, C]: OpenVINO's int8 products take the bias and the GELU into their kernel for three axes only.
         x = x.flatten(1, 2)
         x = x + self.drop_path(self.mlp(self.norm2(x)))
         return x.unflatten(1, (height, width))  # [B, H, W, C]
