@@ -68,11 +68,12 @@ setup(
             ),
         ],
         "train": ["torch==2.13.0", "safetensors>=0.4", "onnxscript>=0.5", "onnx-ir>=0.1.16", "huggingface-hub>=0.30"],
+        "quantize": ["nncf>=3.0"],
         "sim": ["mujoco>=3.2"],
         "test": [
             "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5",
             "rosbags-image>=0.10.4,<0.11", "colcon-common-extensions>=0.3",
-            "ruff==0.17.6", "mypy==2.4.1",
+            "ruff==0.17.6", "mypy==2.4.1", "nncf>=3.0",
         ],
     },
     zip_safe=False,

@@ -25,49 +25,12 @@ from torch import Tensor, nn
 
 from deeprob_perception.engines.model_file import CONTRACT, PREFIX
 from deeprob_perception.errors import ModelError
+from deeprob_perception.nets.label_graph import SegmentationGraph
 
 # LayerNormalization came with 17, TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes itself.
 OPSET = 18
 FLOAT16_MAX = 65504.0
 FOLD_LIMIT = 1 << 14  # elements
-
-
-class SegmentationGraph(nn.Module):
-    """What is exported: `image` uint8 `[1, H, W, 3]` BGR -> `labels` uint8 `[1, H, W]`, `confidence` uint8 `[1, H, W]`."""
-
-    scale: Tensor
-    offset: Tensor
-
-    def __init__(self, net: nn.Module, recipe: dict[str, Any]):
-        super().__init__()
-        self.net = net
-        self.first = first_kernel(net)
-        std = torch.tensor(recipe["std"], dtype=torch.float32).flip(0)  # RGB in the recipe, BGR here
-        mean = torch.tensor(recipe["mean"], dtype=torch.float32).flip(0)
-        self.register_buffer("scale", (1 / (255 * std)).reshape(1, 3, 1, 1))
-        self.register_buffer("offset", (-mean / std).reshape(1, 3, 1, 1))
-
-    def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
-        # Cast before transposing: TensorRT refuses a uint8 transpose.
-        x = image.to(torch.float32).permute(0, 3, 1, 2) * self.scale + self.offset  # [1, 3, H, W], BGR
-        # The first kernel's channels are turned round instead of the image's: back ends do that once, while they load.
-        kernel = self.net.get_parameter(self.first).flip(1)
-        logits = torch.func.functional_call(self.net, {self.first: kernel}, x)  # [1, K, H, W]
-        labels = logits.argmax(1).to(torch.uint8)
-        # The largest soft-max value without the others: exp(max - logsumexp).
-        top = logits.amax(1, keepdim=True)
-        confidence = 1 / (logits - top).exp().sum(1)
-        return labels, (confidence * 255).round().to(torch.uint8)
-
-
-def first_kernel(net: nn.Module) -> str:
-    """Return the name of the weight that reads the image: the first convolution's, of three input channels."""
-    for name, module in net.named_modules():
-        if isinstance(module, nn.Conv2d):
-            if module.in_channels != 3:
-                raise ModelError(f"the network's first convolution takes {module.in_channels} channels; images have 3")
-            return f"{name}.weight"
-    raise ModelError("the network has no convolution that could read an image")
 
 
 def export_segmentation(

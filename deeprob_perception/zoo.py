@@ -309,7 +309,10 @@ def read_onnx(path: Path) -> "tuple[dict[str, Any], dict[str, Tensor]]":
     import torch
     from onnx.numpy_helper import to_array
 
-    recipe = parse_recipe(model_file.read(path).metadata.get("recipe"), path)
+    model = model_file.read(path)
+    if model.precision != "fp32":
+        raise ModelError(f"{path} is a model file in {model.precision}, whose weights cannot be read back; take the fp32 one")
+    recipe = parse_recipe(model.metadata.get("recipe"), path)
     state = {}
     for tensor in model_file.parse(path).graph.initializer:
         # The graph's own constants stand beside the weights, whose names are torch's and begin with the module's.

@@ -261,10 +261,31 @@ def test_onnxruntime_refuses_what_it_cannot_compute(tiny_model):
         engines.load(tiny_model, "onnxruntime", "bf16")
 
 
+@pytest.mark.parametrize("backend", ["openvino", "onnxruntime"])
+def test_a_precision_that_the_file_lacks_is_refused_with_what_makes_it(tiny_model, backend):
+    with pytest.raises(EngineError, match=r"tiny\.onnx is a model file in fp32; `deeprob quantize tiny\.onnx"):
+        engines.load(tiny_model, backend, "int8")
+
+
+def test_openvino_refuses_fp16(tiny_model):
+    pytest.importorskip("openvino")
+    with pytest.raises(EngineError, match=r"openvino computes in .*bf16.*, int8, not in fp16"):
+        engines.load(tiny_model, "openvino", "fp16")
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_file_lowered_for_another_back_end_is_refused(tiny_model, tmp_path, backend):
+    proto = onnx.load(tiny_model)
+    proto.metadata_props.add(key="deeprob.precision", value="fp16")
+    onnx.save(proto, tmp_path / "lowered.onnx")
+    with pytest.raises(EngineError, match=r"lowered\.onnx is a model file in fp16; .* takes the fp32 file"):
+        engines.load(tmp_path / "lowered.onnx", backend)
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorflow"}, "unknown back end 'tensorflow'; there are: auto, openvino, onnxruntime"),
+        ({"backend": "tensorflow"}, "unknown back end 'tensorflow'; there are: auto, openvino, onnxruntime, torch"),
         ({"precision": "f8"}, "unknown precision 'f8'; there are: auto, fp32"),
         ({"threads": -1}, "threads is -1"),
     ],
@@ -292,13 +313,15 @@ def test_auto_takes_the_next_back_end_and_says_why(tiny_model, monkeypatch, capl
 
 
 @pytest.mark.parametrize(("machine", "first"), [("x86_64", "openvino"), ("aarch64", "onnxruntime")])
-def test_auto_goes_by_the_processor(monkeypatch, machine, first):
+def test_auto_tries_first_what_the_processor_makes_likely(monkeypatch, machine, first):
     monkeypatch.setattr("platform.machine", lambda: machine)
+    monkeypatch.setattr(engines, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(engines, "unavailable", lambda name: None)
-    assert engines.choose()[0] == first
+    assert engines.choose()[0][0] == first
 
 
 def test_no_back_end_at_all_says_what_to_install(monkeypatch):
+    monkeypatch.setattr(engines, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(engines, "unavailable", lambda name: "gone")
     with pytest.raises(EngineError, match="pip install onnxruntime"):
         engines.choose()
@@ -380,6 +403,8 @@ def test_a_model_with_other_inputs_or_outputs_is_refused(tiny_model, tmp_path):
 
 
 def test_a_graph_that_the_back_end_cannot_run_is_a_model_error(tiny_model, tmp_path, engine):
+    if engine.backend == "torch":
+        pytest.skip("torch builds the network from the file's recipe and reads weights only")
     proto = onnx.load(tiny_model)
     next(n for n in proto.graph.node if n.op_type == "Softmax").op_type = "Hardmost"
     onnx.save(proto, tmp_path / "changed.onnx")
@@ -418,8 +443,8 @@ import sys
 import numpy as np
 from deeprob_perception import engines
 from deeprob_perception.segmentation import Segmenter
-for backend in engines.BACKENDS:
-    if engines.unavailable(backend) is None:
+for backend in ("auto", *engines.BACKENDS):
+    if backend == "auto" or backend != "torch" and engines.unavailable(backend) is None:
         segmenter = Segmenter(engines.load({str(tiny_model)!r}, backend, cache_dir={str(tmp_path)!r}, threads=1))
         segmenter(np.zeros((48, 64, 3), np.uint8))
 loaded = [name for name in ("torch", "rclpy", "onnxscript") if name in sys.modules]

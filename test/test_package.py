@@ -147,18 +147,22 @@ def test_imports_point_one_way() -> None:
         "nodes": core | {"messages", "bags", "engines", "segmentation", "zoo"},
     }
     edges = {"nodes", "cli", "__main__"}
+    # The one back end that is made of the network itself, which it reaches within functions: see its docstring.
+    upward = {f"{PACKAGE}.engines.torch": {"program", "nets"}}
     for path in SOURCES:
         here = part(dotted(path))
         targets = {part(name) for name in imports(path) if name.startswith(f"{PACKAGE}.")} - {here}
         if here not in ("cli", "__main__"):
             assert not targets & edges, f"{dotted(path)} imports {sorted(targets & edges)}"
         if here in allowed:
+            targets -= upward.get(dotted(path), set())
             assert targets <= allowed[here], f"{dotted(path)} imports {sorted(targets - allowed[here])}"
 
 
 def test_runtime_needs_no_torch() -> None:
     for path in SOURCES:
-        if part(dotted(path)) in RUNTIME:
+        # The back end `torch` imports it when it is asked for; nothing in engines/ does at module level, as tried below.
+        if part(dotted(path)) in RUNTIME and dotted(path) != f"{PACKAGE}.engines.torch":
             heavy = {name.split(".")[0] for name in imports(path)} & {"torch", "transformers", "safetensors", "mujoco"}
             assert not heavy, f"{dotted(path)} imports {sorted(heavy)}"
     # What they import in turn, by importing it: everything a robot without torch needs, with torch made unfindable.
@@ -176,7 +180,7 @@ def test_help_imports_nothing_heavy() -> None:
              "sys.exit(f'imports {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("bag", "bench", "demo", "eval", "export", "models", "play", "replay", "sim", "train"):
+    for command in ("bag", "bench", "demo", "eval", "export", "models", "play", "quantize", "replay", "sim", "train"):
         assert re.search(rf"\b{command}\b", done.stdout), f"{command} is missing from the help:\n{done.stdout}"
 
 

@@ -9,6 +9,7 @@ from deeprob_perception.cli import (  # noqa: F401
     export,
     models,
     play,
+    quantize,
     replay,
     sim,
     train,

@@ -8,19 +8,21 @@ engine for minutes before it can load it also has `ready(model, precision, cache
 
 import logging
 import platform
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 from types import ModuleType
 
-from deeprob_perception.engines import model_file
+from deeprob_perception.engines import choice, model_file
 from deeprob_perception.engines.engine import Engine
+from deeprob_perception.engines.host import has_nvidia_gpu
 from deeprob_perception.engines.model_file import ModelFile, TensorSpec
 from deeprob_perception.errors import EngineError
 
 __all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "ready", "stand_in", "unavailable"]
 
-BACKENDS = ("openvino", "onnxruntime")  # each is a module of this package
-PRECISIONS = ("auto", "fp32", "bf16")
+BACKENDS = ("openvino", "onnxruntime", "torch")  # each is a module of this package
+PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 log = logging.getLogger(__name__)
 
 
@@ -33,9 +35,11 @@ def load(
 ) -> Engine:
     """Load a model that `deeprob export` wrote.
 
-    :param backend: a name in `BACKENDS`, or `auto`: OpenVINO on x86, ONNX Runtime elsewhere.
-    :param precision: `fp32`, `bf16`, or `auto`: bf16 where the CPU computes it natively and the back end can, else fp32.
-        What really runs is `engine.precision`; it differs from what was asked only with a warning in the log.
+    :param backend: a name in `BACKENDS`, or `auto`: of the CPU's the fastest by a short measurement, which is kept (see
+        `choice`); a GPU's where there is one (see `choose`).
+    :param precision: `fp32`, `bf16`, `fp16`, `int8` (of a quantised file), or `auto`: int8 of a quantised file; else bf16
+        where the processor computes it natively and the back end can; else fp32. What really runs is `engine.precision`;
+        it differs from what was asked only with a warning in the log.
     :param cache_dir: where compiled models are kept for a quicker start; None for the user's cache folder.
     :param threads: for one inference; 0 leaves it to the back end (all cores).
     :raises ModelError: when the file is missing, damaged or not ours.
@@ -48,34 +52,49 @@ def load(
     if threads < 0:
         raise EngineError(f"threads is {threads}; give a number of threads, or 0 for all cores")
     model = model_file.read(path)
-    name, why = choose() if backend == "auto" else (backend, "asked for")
-    reason = unavailable(name)
-    if reason:
-        raise EngineError(f"the back end {name} cannot be used: {reason}")
-    engine = _module(name).load(model, precision, None if cache_dir is None else Path(cache_dir), threads)
+    folder = None if cache_dir is None else Path(cache_dir)
+    names, why = choose() if backend == "auto" else ([backend], "asked for")
+    for name in names:
+        reason = unavailable(name)
+        if reason:
+            raise EngineError(f"the back end {name} cannot be used: {reason}")
+    if len(names) == 1:
+        engine = _module(names[0]).load(model, precision, folder, threads)
+    else:
+        loaders = {name: partial(_module(name).load, model, precision, folder, threads) for name in names}
+        engine, measured = choice.fastest(model, loaders, precision, folder, threads)
+        why = f"{why}: {measured}"
     log.info("%s: %s %s on %s (%s)", model.path.name, engine.backend, engine.precision, engine.device, why)
     return engine
 
 
-def choose() -> tuple[str, str]:
-    """Return the back end that `auto` takes on this machine, and why."""
+def choose() -> tuple[list[str], str]:
+    """Return the back ends that `auto` chooses from on this machine, the likeliest first, and why these.
+
+    torch only where it is the one way to an NVIDIA GPU, since importing it takes seconds; else every CPU back end that can
+    be used.
+
+    :raises EngineError: when there is none.
+    """
+    if has_nvidia_gpu() and import_module(f"{__name__}.torch").drives_gpu():
+        return ["torch"], "auto: an NVIDIA GPU, and torch is what can use it"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
     order = ("openvino", "onnxruntime") if x86 else ("onnxruntime", "openvino")
-    first = unavailable(order[0])
-    if first is None:
-        return order[0], f"auto: {order[0]} comes first on {platform.machine()}"
-    if unavailable(order[1]) is None:
-        return order[1], f"auto: {order[0]} cannot be used: {first}"
-    raise EngineError("no back end can run models here; `pip install onnxruntime` gives one")
+    reasons = {name: unavailable(name) for name in order}
+    usable = [name for name in order if reasons[name] is None]
+    if not usable:
+        raise EngineError("no back end can run models here; `pip install onnxruntime` gives one")
+    missing = [f"{name} cannot be used: {reason}" for name, reason in reasons.items() if reason]
+    return usable, "; ".join(["auto", *missing])
 
 
 def ready(path: str | Path, backend: str, precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
-    """Tell whether a back end can load the model at once, or would have to build an engine first.
+    """Tell whether a back end can load the model at once, or would have to build an engine first; `auto` measures those that can.
 
     :raises ModelError: when the file is missing, damaged or not ours.
     """
     model = model_file.read(path)
-    if not hasattr(_module(backend), "ready") or unavailable(backend):
+    if backend == "auto" or not hasattr(_module(backend), "ready") or unavailable(backend):
         return True  # at once, or never: `load` says why
     return bool(_module(backend).ready(model, precision, None if cache_dir is None else Path(cache_dir)))
 

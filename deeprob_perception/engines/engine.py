@@ -19,7 +19,8 @@ class Engine(ABC):
 
     - `inputs`, `outputs`: lists of TensorSpec (name, shape, dtype)
     - `backend`, `device`: names, such as `openvino` and `AMD EPYC`
-    - `precision`: what the arithmetic really runs in (`fp32`, `bf16`), `requested_precision`: what was asked for
+    - `precision`: what the arithmetic really runs in (`fp32`, `bf16`, `fp16`, or `int8`: the matrix products and convolutions
+      of a quantised file, with a float rest), `requested_precision`: what was asked for
     - `metadata`: the model's own, keys without prefix
     """
 
@@ -67,3 +68,27 @@ def check_input(spec: TensorSpec, array: np.ndarray | None) -> np.ndarray:
         got = f"{array.dtype} {list(array.shape)}" if isinstance(array, np.ndarray) else type(array).__name__
         raise EngineError(f"the input {spec.name!r} is {got}; the model takes {spec.dtype} {list(spec.shape)}")
     return np.ascontiguousarray(array)
+
+
+def settle_precision(model: ModelFile, asked: str, backend: str, floats: Sequence[str], quantised: bool = True) -> str:
+    """Return the precision that a back end shall run a file in: int8 for a quantised file, else one of `floats`.
+
+    :param asked: a name in `engines.PRECISIONS`; `auto` takes the first that fits.
+    :param floats: what the back end can run a fp32 file in, the one that `auto` takes first.
+    :param quantised: whether it runs int8 files.
+    :raises EngineError: when the file, the back end and what was asked for do not go together, saying what would.
+    """
+    name = model.path.name
+    if model.precision != "fp32" and not (model.precision == "int8" and quantised):
+        raise EngineError(f"{name} is a model file in {model.precision}; {backend} takes the fp32 file that it was made from")
+    offered = ["int8"] if model.precision == "int8" else list(floats)
+    if asked == "auto":
+        return offered[0]
+    if asked in offered:
+        return asked
+    if asked == "int8" and quantised:
+        raise EngineError(f"{name} is a model file in fp32; `deeprob quantize {name} --data DATA --out OUT` makes an int8 one")
+    if asked not in floats:
+        known = ", ".join([*floats, *(["int8"] if quantised else [])])
+        raise EngineError(f"the back end {backend} computes in {known}, not in {asked}; take one of these")
+    raise EngineError(f"{name} is a model file in int8 and cannot run in {asked}; take the fp32 file that it was made from")

@@ -16,3 +16,8 @@ def processor_name() -> str:
     except OSError:
         pass
     return platform.processor() or platform.machine()
+
+
+def has_nvidia_gpu() -> bool:
+    """Tell whether NVIDIA's driver runs here (desktop or Jetson), without loading any library of it."""
+    return any(Path(device).exists() for device in ("/dev/nvidiactl", "/dev/nvhost-gpu", "/dev/nvgpu"))

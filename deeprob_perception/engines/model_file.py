@@ -1,8 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
 """The model file's contract: what an `.onnx` of ours says about itself, checked before a back end sees it."""
 
+import hashlib
 import json
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +37,16 @@ class ModelFile:
     inputs: list[TensorSpec]
     outputs: list[TensorSpec]
     metadata: dict[str, str]
+
+    @property
+    def precision(self) -> str:
+        """What the file's arithmetic is in: `fp32`, unless it was quantised or lowered."""
+        return self.metadata.get("precision", "fp32")
+
+    @cached_property
+    def sha256(self) -> str:
+        """The file's checksum, in hexadecimal: what anything that is made from it is kept under."""
+        return hashlib.sha256(self.path.read_bytes()).hexdigest()
 
 
 def read(path: str | Path) -> ModelFile:

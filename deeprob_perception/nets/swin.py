@@ -74,7 +74,7 @@ class SwinTransformer(nn.Module):
         pyramid = []
         for stage, norm in zip(self.stages, self.norms, strict=True):
             features, x = stage(x)
-            pyramid.append(norm(features).permute(0, 3, 1, 2))  # [B, C, H, W]
+            pyramid.append(normalise(norm, features).permute(0, 3, 1, 2))  # [B, C, H, W]
         return pyramid
 
 
@@ -91,7 +91,7 @@ class PatchEmbed(nn.Module):
         height, width = images.shape[-2:]
         size = self.patch_size
         images = F.pad(images, (0, -width % size, 0, -height % size))
-        return self.norm(self.proj(images).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
+        return normalise(self.norm, self.proj(images).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
 
 
 class ConvStem(nn.Module):
@@ -111,7 +111,7 @@ class ConvStem(nn.Module):
         images = F.pad(images, (0, -width % 4, 0, -height % 4))
         x = F.relu(self.bn1(self.conv1(images)))  # [B, C/2, H/2, W/2]
         x = F.relu(self.bn2(self.conv2(x)))  # [B, C, H/4, W/4]
-        return self.norm(self.conv3(x).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
+        return normalise(self.norm, self.conv3(x).permute(0, 2, 3, 1))  # [B, H/4, W/4, C]
 
 
 class Stage(nn.Module):
@@ -171,7 +171,7 @@ class Block(nn.Module):
         height, width = x.shape[1:3]
         size, shift = self.window_size, self.shift_size
         shortcut = x
-        x = self.norm1(x)
+        x = normalise(self.norm1, x)
         # Padding comes after the norm: padded tokens are zeros, as in the official code for dense prediction.
         x = F.pad(x, (0, 0, 0, -width % size, 0, -height % size))
         padded_height, padded_width = x.shape[1:3]
@@ -183,7 +183,10 @@ class Block(nn.Module):
         if shift:
             x = torch.roll(x, (shift, shift), dims=(1, 2))
         x = shortcut + self.drop_path(x[:, :height, :width])
-        return x + self.drop_path(self.mlp(self.norm2(x)))
+        # As [B, H*W, C]: OpenVINO's int8 products take the bias and the GELU into their kernel for three axes only.
+        x = x.flatten(1, 2)
+        x = x + self.drop_path(self.mlp(self.norm2(x)))
+        return x.unflatten(1, (height, width))  # [B, H, W, C]
 
 
 class WindowAttention(nn.Module):
@@ -251,7 +254,12 @@ class PatchMerging(nn.Module):
         x = F.pad(x, (0, 0, 0, width % 2, 0, height % 2))
         # The order of the four is the official checkpoints' own: top left, bottom left, top right, bottom right.
         x = torch.cat((x[:, 0::2, 0::2], x[:, 1::2, 0::2], x[:, 0::2, 1::2], x[:, 1::2, 1::2]), -1)  # [B, H/2, W/2, 4C]
-        return self.reduction(self.norm(x))
+        return self.reduction(normalise(self.norm, x))
+
+
+def normalise(norm: nn.LayerNorm, x: Tensor) -> Tensor:
+    """Apply a LayerNorm to `[B, H, W, C]` as to `[B, H*W, C]`: OpenVINO has one kernel for it with three axes, six without."""
+    return norm(x.flatten(1, 2)).reshape(x.shape)
 
 
 class DropPath(nn.Module):

@@ -63,7 +63,7 @@ def engine_settings(model: str) -> tuple[Setting, ...]:
     return (
         Setting("model", model, "A model's name (`deeprob models list`) or the path of an .onnx of `deeprob export`."),
         Setting("backend", "auto", "What runs the model.", choices=("auto", *engines.BACKENDS)),
-        Setting("precision", "auto", "Arithmetic: auto takes the fastest that the device computes natively.",
+        Setting("precision", "auto", "Arithmetic: auto takes int8 of a quantised model, else bf16 where it is native.",
                 choices=engines.PRECISIONS),
         Setting("threads", 0, "Threads for one inference; 0 is all cores.", between=(0, 1024)),
         Setting("cache_dir", "", "Where compiled models are kept; empty is the user's cache folder."),

@@ -54,7 +54,10 @@ class EngineSource:
             the wanted one meanwhile; False builds it first.
         :raises ModelError, EngineError: as `engines.load` does.
         """
-        backend = engines.choose()[0] if wish.backend == "auto" else wish.backend
+        backend = wish.backend
+        if backend == "auto":
+            names, _ = engines.choose()
+            backend = names[0] if len(names) == 1 else backend  # of several the fastest is measured: they load at once
         if not serve_while_building or engines.ready(wish.path, backend, wish.precision, wish.cache_dir):
             return wish.load(wish.backend, wish.precision)
         stand_in = engines.stand_in(wish.path, backend, wish.cache_dir)
