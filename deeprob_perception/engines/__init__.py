@@ -89,7 +89,9 @@ def choose() -> tuple[list[str], str]:
 
 
 def ready(path: str | Path, backend: str, precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
-    """Tell whether a back end can load the model at once, or would have to build an engine first; `auto` measures those that can.
+    """Tell whether a back end can load the model at once, or would have to build an engine first.
+
+    `auto` chooses between those that load at once.
 
     :raises ModelError: when the file is missing, damaged or not ours.
     """
