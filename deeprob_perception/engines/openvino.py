@@ -40,6 +40,8 @@ class OpenVinoEngine(Engine):
 
     def __init__(self, model: ModelFile, precision: str, cache_dir: Path | None, threads: int):
         super().__init__(model, precision)
+        if precision != "auto" and precision not in HINTS:
+            raise EngineError(f"the back end openvino computes in {' or '.join(HINTS)}, not in {precision}; take one of these")
         import openvino
 
         self._openvino = openvino
