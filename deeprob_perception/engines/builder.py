@@ -167,7 +167,7 @@ class _Build:
         return self.model.path.name
 
     def attempt(self, precision: str) -> tuple[bytes, parity.Parity | None, str | None]:
-        """Build in one precision; return the engine, its parity, and why it is not to be trusted (the engine may then be b"")."""
+        """Build in one precision; return the engine, its parity, and why it is not to be trusted (engine b"", then)."""
         proto, stand_in = self.graphs(precision)
         if self.target.local:
             plan = self.plan(proto, precision)

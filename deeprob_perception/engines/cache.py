@@ -75,7 +75,7 @@ class EngineCache:
         try:
             facts = json.loads(path.with_suffix(".json").read_text())
             plan = path.read_bytes()
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             return None
         except (OSError, ValueError) as error:
             log.warning("%s: cannot be read (%s); it is built anew", path, error)
