@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Building by a real TensorRT, which needs no GPU: TensorRT for RTX takes every model, and what is built is checked and kept."""
+"""Building by a real TensorRT, which needs no GPU: TensorRT for RTX takes every model; what is built is checked and kept."""
 
 import contextlib
 import json
@@ -59,7 +59,8 @@ def test_an_operator_that_tensorrt_does_not_have_is_named(tiny_model, far, opera
     """One that nobody has, and one of ONNX's own that TensorRT lacks."""
     proto = model_file.parse(tiny_model)
     next(n for n in proto.graph.node if n.op_type == "Softmax").op_type = operator
-    with pytest.raises(EngineError, match=rf"cannot take tiny\.onnx: the operator {operator} \(node .*softmax.*not supported") as e:
+    expected = rf"cannot take tiny\.onnx: the operator {operator} \(node .*softmax.*not supported"
+    with pytest.raises(EngineError, match=expected) as e:
         builder.serialise(proto, far, "tiny.onnx")
     assert "\n" not in str(e.value)
 
@@ -140,7 +141,8 @@ import logging, pathlib
 logging.basicConfig(level=logging.INFO)
 from deeprob_perception.engines import builder, cuda, model_file
 cuda.unavailable = lambda: "no GPU in this test"
-entry = builder.build(model_file.read({str(tiny_model)!r}), "fp32", builder.find_target("sm_89"), pathlib.Path({str(tmp_path)!r}))
+model, cache = model_file.read({str(tiny_model)!r}), pathlib.Path({str(tmp_path)!r})
+entry = builder.build(model, "fp32", builder.find_target("sm_89"), cache)
 print(entry.built, len(entry.plan))
 """
     both = [subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -195,8 +197,18 @@ def test_the_order_of_fallbacks(tiny_model, far, tmp_path, monkeypatch):
     assert entry.facts["fallbacks"] == ["fp16: made to", "bf16: made to"]
 
 
+def test_turing_is_built_in_fp16_and_its_fp32_is_refused_in_clear(tiny_model):
+    """TensorRT for RTX has no fp32 products for sm_75."""
+    turing = builder.Target("sm_75", "", RTX[0], False)
+    proto = model_file.parse(tiny_model)
+    assert builder.serialise(lowering.lower(proto, "fp16"), turing, "tiny.onnx")
+    with pytest.raises(EngineError, match=r"cannot build tiny\.onnx for sm_75: .*FP32 GEMM is not supported"):
+        builder.serialise(proto, turing, "tiny.onnx")
+
+
 def test_bf16_is_passed_over_on_a_gpu_without_it(tiny_model, tmp_path, monkeypatch):
     shorten(monkeypatch, "fp16")
+    monkeypatch.setattr(builder, "serialise", lambda *_: b"an engine")
     entry = builder.build(model_file.read(tiny_model), "fp16", builder.Target("sm_75", "", RTX[0], False), tmp_path)
     assert entry.facts["precision"] == "fp32"
     assert entry.facts["fallbacks"] == ["fp16: made to"]
@@ -248,7 +260,8 @@ def quantised(tiny_model, tmp_path_factory):
     path = tmp_path_factory.mktemp("int8") / "tiny-int8.onnx"
     quantize_static(
         tiny_model, path, Reader(), QuantFormat.QDQ, ["MatMul", "Conv"], per_channel=True, activation_type=QuantType.QInt8,
-        weight_type=QuantType.QInt8, extra_options={"ActivationSymmetric": True, "WeightSymmetric": True},
+        weight_type=QuantType.QInt8,
+        extra_options={"ActivationSymmetric": True, "WeightSymmetric": True, "QuantizeBias": False},
     )  # fmt: skip
     proto = onnx.load(path)
     for key, value in model_file.read(tiny_model).metadata.items():
@@ -261,7 +274,7 @@ def quantised(tiny_model, tmp_path_factory):
 
 class TestInt8:
     def test_without_a_quantiser_it_says_what_to_do(self, tiny_model, far, tmp_path):
-        with pytest.raises(EngineError, match="needs frames to calibrate on: `deeprob build .*--calibration"):
+        with pytest.raises(EngineError, match=r"needs frames to calibrate on: `deeprob build .*--calibration"):
             builder.build(model_file.read(tiny_model), "int8", far, tmp_path)
 
     def test_a_quantised_file_is_built_as_it_is(self, quantised, far, tmp_path):

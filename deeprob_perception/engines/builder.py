@@ -289,4 +289,6 @@ def parser_errors(parser: Any) -> str:
         return "the ONNX parser gives no reason"
     first = errors[0]
     operator, node = first.node_operator() or "?", first.node_name() or "?"
-    return f"the operator {operator} (node {node}) is not supported ({first.desc().strip()})"
+    # The description's last line is the cause; what CUDA complains of after it, without a GPU, is none.
+    reasons = [line.strip() for line in first.desc().splitlines() if line.strip() and "checkMacros" not in line]
+    return f"the operator {operator} (node {node}) is not supported ({reasons[-1] if reasons else 'no reason given'})"
