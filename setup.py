@@ -11,6 +11,9 @@ PACKAGE = "deeprob_perception"
 RCLPY = "7.1.6"
 INTERFACES = "5.3.6"
 
+# A Jetson has JetPack's TensorRT instead.
+TENSORRT_RTX = "tensorrt-rtx-cu13>=1.2; platform_machine == 'x86_64' and python_version < '3.14'"
+
 
 def share(*folders: str) -> list[tuple[str, list[str]]]:
     """Return the data_files rows that install each folder's files into the package's share folder."""
@@ -70,10 +73,12 @@ setup(
         "train": ["torch==2.13.0", "safetensors>=0.4", "onnxscript>=0.5", "onnx-ir>=0.1.16", "huggingface-hub>=0.30"],
         "quantize": ["nncf>=3.0"],
         "sim": ["mujoco>=3.2"],
+        "tensorrt": ["cuda-bindings>=12.6", "filelock>=3.13", TENSORRT_RTX],
         "test": [
             "pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "transformers>=5",
             "rosbags-image>=0.10.4,<0.11", "colcon-common-extensions>=0.3",
             "ruff==0.17.6", "mypy==2.4.1", "nncf>=3.0",
+            "cuda-bindings>=12.6", "filelock>=3.13", TENSORRT_RTX,
         ],
     },
     zip_safe=False,

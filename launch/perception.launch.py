@@ -30,7 +30,7 @@ def generate_launch_description() -> LaunchDescription:
             "model", default_value="",
             description=f"A model's name (`deeprob models list`) or the path of an .onnx. {AS_IN_FILE}"),
         DeclareLaunchArgument(
-            "backend", default_value="", choices=["", "auto", "openvino", "onnxruntime", "torch"],
+            "backend", default_value="", choices=["", "auto", "tensorrt", "openvino", "onnxruntime", "torch"],
             description=f"What runs the model. {AS_IN_FILE}"),
         DeclareLaunchArgument(
             "use_sim_time", default_value="false", choices=["true", "false"],

@@ -65,3 +65,25 @@ def tiny_model(tmp_path_factory, tiny_net, tiny_recipe) -> Path:
 
     path = tmp_path_factory.mktemp("models") / "tiny.onnx"
     return export_segmentation(tiny_net, tiny_recipe, path, 96, 128, {"name": "tiny", "licence": "Apache-2.0"})
+
+
+@pytest.fixture(scope="session")
+def upernet_model(tmp_path_factory, tiny_recipe) -> Path:
+    """Swin-T with UPerNet as published, random weights, of a size that neither window nor stride divides."""
+    torch = pytest.importorskip("torch", reason="the test model is made by torch's exporter (extra `train`)")
+    from deeprob_perception.export import export_segmentation
+    from deeprob_perception.nets import segmenter
+
+    random_state = torch.random.get_rng_state()
+    torch.manual_seed(3)
+    recipe = {**tiny_recipe, "backbone": "swin-tiny", "head": "upernet", "head_channels": 64}
+    net = segmenter.build(recipe).eval()
+    with torch.no_grad():
+        # Logits balanced on smooth blobs, so that labels vary.
+        logits = net(torch.nn.functional.interpolate(torch.randn(2, 3, 6, 8) * 1.5, size=(90, 130), mode="bicubic"))
+        mean, std = logits.mean((0, 2, 3)), logits.std((0, 2, 3))
+        net.head.classify.weight /= std[:, None, None, None] / 3
+        net.head.classify.bias.copy_(-mean / std * 3)
+    torch.random.set_rng_state(random_state)
+    path = tmp_path_factory.mktemp("models") / "upernet.onnx"
+    return export_segmentation(net, recipe, path, 90, 130, {"name": "upernet"})

@@ -285,7 +285,7 @@ def test_a_file_lowered_for_another_back_end_is_refused(tiny_model, tmp_path, ba
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"backend": "tensorflow"}, "unknown back end 'tensorflow'; there are: auto, openvino, onnxruntime, torch"),
+        ({"backend": "tensorflow"}, "unknown back end 'tensorflow'; there are: auto, tensorrt, openvino, onnxruntime, torch"),
         ({"precision": "f8"}, "unknown precision 'f8'; there are: auto, fp32"),
         ({"threads": -1}, "threads is -1"),
     ],
@@ -297,7 +297,12 @@ def test_unknown_options_list_the_known_ones(tiny_model, options, message):
 
 @pytest.mark.parametrize("backend", engines.BACKENDS)
 def test_a_missing_back_end_is_one_clear_line(tiny_model, monkeypatch, backend):
-    monkeypatch.setitem(sys.modules, backend, None)  # what `import` then raises is an ImportError
+    # What `import` then raises is an ImportError. TensorRT's first need is CUDA's bindings.
+    monkeypatch.setitem(sys.modules, "cuda.bindings" if backend == "tensorrt" else backend, None)
+    if backend == "tensorrt":
+        with pytest.raises(EngineError, match=r"tensorrt cannot be used: .*pip install cuda-bindings"):
+            engines.load(tiny_model, backend)
+        return
     with pytest.raises(EngineError, match=f"{backend} cannot be used: .*pip install {backend}") as raised:
         engines.load(tiny_model, backend)
     assert "\n" not in str(raised.value)
@@ -316,8 +321,13 @@ def test_auto_takes_the_next_back_end_and_says_why(tiny_model, monkeypatch, capl
 def test_auto_tries_first_what_the_processor_makes_likely(monkeypatch, machine, first):
     monkeypatch.setattr("platform.machine", lambda: machine)
     monkeypatch.setattr(engines, "has_nvidia_gpu", lambda: False)
-    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    monkeypatch.setattr(engines, "unavailable", lambda name: "no GPU" if name == "tensorrt" else None)
     assert engines.choose()[0][0] == first
+
+
+def test_auto_takes_tensorrt_where_there_is_a_gpu_for_it(monkeypatch):
+    monkeypatch.setattr(engines, "unavailable", lambda name: None)
+    assert engines.choose() == (["tensorrt"], "auto: there is an NVIDIA GPU, and TensorRT for it")
 
 
 def test_no_back_end_at_all_says_what_to_install(monkeypatch):

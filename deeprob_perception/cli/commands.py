@@ -4,6 +4,7 @@
 from deeprob_perception.cli import (  # noqa: F401
     bag,
     bench,
+    build,
     demo,
     evaluate,
     export,

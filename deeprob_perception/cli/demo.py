@@ -15,7 +15,7 @@ def demo(
     seconds: Annotated[float | None, typer.Option(min=1, help="Play only so long (to a second).")] = None,
     model: Annotated[str, typer.Option(help="A model's name or an .onnx file.")] = "tabletop",
     bag: Annotated[Path | None, typer.Option(help="A bag of yours instead of the sample.")] = None,
-    backend: Annotated[str, typer.Option(help="What runs the model: auto, openvino, onnxruntime, torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="What runs the model: auto, tensorrt, openvino, onnxruntime, torch.")] = "auto",
 ) -> None:
     """Play the sample bag to a segmentation node, record the masks, and report speed and score."""
     from rich.console import Console

@@ -17,7 +17,7 @@ app.add_typer(eval_app, name="eval")
 def segmentation(
     data: Annotated[Path, typer.Option(help="Folder with images/ and labels/ (8-bit, pixel = class id; other ids are void).")],
     model: Annotated[str, typer.Option(help="Model name or .onnx file.")],
-    backend: Annotated[str, typer.Option(help="Engine: auto, openvino, onnxruntime, torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="Engine: auto, tensorrt, openvino, onnxruntime, torch.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 of a quantised model.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the engine's choice.")] = 0,
     only: Annotated[str | None, typer.Option(help="Score the images whose names begin so (comma-separated).")] = None,

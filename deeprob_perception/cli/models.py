@@ -178,7 +178,20 @@ def info(
     entry = zoo.catalogue().get(model)
     if entry is not None and entry.card is not None:
         table.add_row("card", str(entry.card))
+    for line in engine_lines(path):
+        table.add_row("engine", line)
     Console().print(table, markup=False)
+
+
+def engine_lines(path: Path) -> list[str]:
+    """Return what is in the user's cache of TensorRT engines of a model file, each with how it compares with fp32."""
+    from deeprob_perception import zoo
+    from deeprob_perception.cli.build import lines
+    from deeprob_perception.engines.cache import EngineCache
+
+    if path.suffix != ".onnx":
+        return []
+    return ["\n".join(lines(facts)) for facts in EngineCache().entries(zoo.checksum(path))]
 
 
 @models.command()

@@ -22,7 +22,7 @@ def replay(
     out: Annotated[Path, typer.Option(help="The bag to write (.mcap); a contact sheet .png appears beside it.")],
     topic: Annotated[str | None, typer.Option(help="Image topic; by default a colour camera's.")] = None,
     model: Annotated[str, typer.Option(help="A model's name, or an .onnx file.")] = "tabletop",
-    backend: Annotated[str, typer.Option(help="auto (the fastest here), openvino, onnxruntime or torch.")] = "auto",
+    backend: Annotated[str, typer.Option(help="auto (the fastest here), tensorrt, openvino, onnxruntime or torch.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 of a quantised model.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads for one inference; 0 for all cores.")] = 0,
     confidence: Annotated[bool, typer.Option("--confidence", help="Write the confidence images too.")] = False,

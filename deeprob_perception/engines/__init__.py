@@ -21,7 +21,7 @@ from deeprob_perception.errors import EngineError
 
 __all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "ready", "stand_in", "unavailable"]
 
-BACKENDS = ("openvino", "onnxruntime", "torch")  # each is a module of this package
+BACKENDS = ("tensorrt", "openvino", "onnxruntime", "torch")  # each is a module of this package
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 log = logging.getLogger(__name__)
 
@@ -35,18 +35,16 @@ def load(
 ) -> Engine:
     """Load a model that `deeprob export` wrote.
 
-    :param backend: a name in `BACKENDS`, or `auto`: of the CPU's the fastest by a short measurement, which is kept (see
-        `choice`); a GPU's where there is one (see `choose`).
-    :param precision: `fp32`, `bf16`, `fp16`, `int8` (of a quantised file), or `auto`: int8 of a quantised file; else bf16
-        where the processor computes it natively and the back end can; else fp32. What really runs is `engine.precision`;
-        it differs from what was asked only with a warning in the log.
+    :param backend: a name in `BACKENDS`, or `auto`: TensorRT on an NVIDIA GPU, else torch there; on a CPU the fastest by a
+        short measurement, which is kept (see `choose` and `choice`).
+    :param precision: `fp32`, `bf16`, `fp16`, `int8` (on a CPU of a quantised file), or `auto`: int8 of a quantised file; else
+        fp16 by TensorRT, bf16 where the processor computes it natively and the back end can; else fp32. What really runs is
+        `engine.precision`; it differs from what was asked only with a warning in the log.
     :param cache_dir: where compiled models are kept for a quicker start; None for the user's cache folder.
     :param threads: for one inference; 0 leaves it to the back end (all cores).
     :raises ModelError: when the file is missing, damaged or not ours.
     :raises EngineError: when the back end is unknown, not installed, or refuses the model or the precision.
     """
-    if backend != "auto" and backend not in BACKENDS:
-        raise EngineError(f"unknown back end {backend!r}; there are: auto, {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
         raise EngineError(f"unknown precision {precision!r}; there are: {', '.join(PRECISIONS)}")
     if threads < 0:
@@ -71,11 +69,13 @@ def load(
 def choose() -> tuple[list[str], str]:
     """Return the back ends that `auto` chooses from on this machine, the likeliest first, and why these.
 
-    torch only where it is the one way to an NVIDIA GPU, since importing it takes seconds; else every CPU back end that can
-    be used.
+    On an NVIDIA GPU TensorRT, and torch only where it is the one way there, since importing it takes seconds; else every CPU
+    back end that can be used.
 
     :raises EngineError: when there is none.
     """
+    if unavailable("tensorrt") is None:
+        return ["tensorrt"], "auto: there is an NVIDIA GPU, and TensorRT for it"
     if has_nvidia_gpu() and import_module(f"{__name__}.torch").drives_gpu():
         return ["torch"], "auto: an NVIDIA GPU, and torch is what can use it"
     x86 = platform.machine().lower() in ("x86_64", "amd64")
@@ -88,17 +88,17 @@ def choose() -> tuple[list[str], str]:
     return usable, "; ".join(["auto", *missing])
 
 
-def ready(path: str | Path, backend: str, precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
+def ready(path: str | Path, backend: str = "auto", precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
     """Tell whether a back end can load the model at once, or would have to build an engine first.
 
-    `auto` chooses between those that load at once.
-
     :raises ModelError: when the file is missing, damaged or not ours.
+    :raises EngineError: when `auto` finds no back end.
     """
     model = model_file.read(path)
-    if backend == "auto" or not hasattr(_module(backend), "ready") or unavailable(backend):
+    names = choose()[0] if backend == "auto" else [backend]
+    if len(names) > 1 or not hasattr(_module(names[0]), "ready") or unavailable(names[0]):
         return True  # at once, or never: `load` says why
-    return bool(_module(backend).ready(model, precision, None if cache_dir is None else Path(cache_dir)))
+    return bool(_module(names[0]).ready(model, precision, None if cache_dir is None else Path(cache_dir)))
 
 
 def stand_in(path: str | Path, backend: str, cache_dir: str | Path | None = None) -> str | None:

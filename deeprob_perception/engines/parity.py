@@ -1,0 +1,165 @@
+# SPDX-License-Identifier: Apache-2.0
+"""How far an engine's answers are from ONNX Runtime's in fp32, on sample frames, before anybody relies on it."""
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import numpy as np
+
+from deeprob_perception.errors import EngineError
+
+# image uint8 [1, H, W, 3] -> labels, confidence: uint8 [1, H, W]
+Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+
+# Share of labels that must equal fp32's. bf16's 8 bits of mantissa move more of the borders between classes than fp16's 11
+# (99.5 and 99.98 % on the shipped models); int8 is allowed what quantisation commonly costs there.
+AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.98, "int8": 0.95}
+MIOU_LOSS = 0.01  # of mean IoU, where there is ground truth: one point
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Samples:
+    """Frames to compare on: `images` uint8 `[1, H, W, 3]` BGR of the model's size, and where they come from.
+
+    `truth`: for each image the true labels uint8 `[H, W]` (ids that are no class are void), or None.
+    """
+
+    images: Sequence[np.ndarray]
+    origin: str
+    truth: Sequence[np.ndarray | None] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Parity:
+    """What was measured.
+
+    - `agreement`: share of equal labels; `max_error`, `mean_error`: of confidence, 1.0 = certain
+    - `nans`: pixels without a number: a confidence of 0, which soft-max over at most 255 classes cannot give
+    - `miou`, `reference_miou`: against ground truth; None where there is none
+    - `measured_by`: what ran in the engine's stead or the engine itself; `reference`, `frames`, `origin`
+    """
+
+    agreement: float
+    max_error: float
+    mean_error: float
+    nans: int
+    miou: float | None
+    reference_miou: float | None
+    frames: int
+    origin: str
+    measured_by: str
+    reference: str = "onnxruntime fp32"
+
+    def shortfall(self, precision: str) -> str | None:
+        """Return why an engine that answers so is not to be trusted; None when it is."""
+        if self.nans:
+            return f"{self.nans} pixels of {self.frames} frames are no numbers (overflow)"
+        if self.agreement < AGREEMENT[precision]:
+            return f"only {self.agreement:.2%} of the labels are those of fp32; {AGREEMENT[precision]:.1%} are asked for"
+        if self.miou is not None and self.reference_miou is not None and self.reference_miou - self.miou > MIOU_LOSS:
+            return f"mean IoU is {self.miou:.3f}, in fp32 {self.reference_miou:.3f}; at most {MIOU_LOSS} may be lost"
+        return None
+
+    def line(self) -> str:
+        """Return the figures for people."""
+        text = (
+            f"{self.agreement:.3%} of labels as in fp32, confidence off by {self.mean_error:.4f} on average and "
+            f"{self.max_error:.3f} at most, {self.nans} NaN"
+        )
+        if self.miou is not None and self.reference_miou is not None:
+            text += f", mIoU {self.miou:.3f} (fp32 {self.reference_miou:.3f})"
+        return f"{text}; {self.frames} frames of {self.origin}, measured by {self.measured_by}"
+
+    def facts(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def measure(expected: Sequence[tuple[np.ndarray, np.ndarray]], run: Run, samples: Samples, measured_by: str) -> Parity:
+    """Compare what `run` answers on the samples with `expected`, the reference's `(labels, confidence)` for each."""
+    if not samples.images:
+        raise EngineError(f"there are no frames to compare on in {samples.origin}")
+    equal, largest, total, nans = [], 0.0, [], 0
+    ours, theirs = _Iou(), _Iou()
+    for i, (image, (labels, confidence)) in enumerate(zip(samples.images, expected, strict=True)):
+        got_labels, got_confidence = run(image)
+        equal.append(float((got_labels == labels).mean()))
+        error = np.abs(got_confidence.astype(np.int16) - confidence.astype(np.int16)) / 255
+        largest, nans = max(largest, float(error.max())), nans + int((got_confidence == 0).sum())
+        total.append(float(error.mean()))
+        truth = samples.truth[i] if i < len(samples.truth) else None
+        if truth is not None:
+            ours.add(got_labels[0], truth)
+            theirs.add(labels[0], truth)
+    return Parity(
+        agreement=float(np.mean(equal)),
+        max_error=largest,
+        mean_error=float(np.mean(total)),
+        nans=nans,
+        miou=ours.mean(),
+        reference_miou=theirs.mean(),
+        frames=len(samples.images),
+        origin=samples.origin,
+        measured_by=measured_by,
+    )
+
+
+class _Iou:
+    """Mean intersection over union of the classes that occur. (`segmentation.scores` lies above this package.)"""
+
+    def __init__(self) -> None:
+        self.counts = np.zeros((256, 256), np.int64)
+
+    def add(self, labels: np.ndarray, truth: np.ndarray) -> None:
+        pairs = truth.astype(np.int64) * 256 + labels
+        self.counts += np.bincount(pairs[truth != 255], minlength=65536).reshape(256, 256)
+
+    def mean(self) -> float | None:
+        hits = np.diag(self.counts)
+        union = self.counts.sum(0) + self.counts.sum(1) - hits
+        return float((hits[union > 0] / union[union > 0]).mean()) if self.counts.any() else None
+
+
+def onnx_session(proto: Any, what: str, threads: int = 0) -> Run:
+    """Return an ONNX model as something to call, by ONNX Runtime on the CPU.
+
+    :raises EngineError: where ONNX Runtime is missing or refuses the model.
+    """
+    try:
+        import onnxruntime
+    except Exception as error:  # a broken wheel raises anything
+        raise EngineError(f"parity with fp32 is measured by ONNX Runtime, which is missing ({error})") from error
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = threads
+    options.add_session_config_entry("session.intra_op.allow_spinning", "0")
+    options.log_severity_level = 3
+    try:
+        session = onnxruntime.InferenceSession(proto.SerializeToString(), options, providers=["CPUExecutionProvider"])
+    except Exception as error:  # its exceptions have no public base class
+        raise EngineError(f"ONNX Runtime refuses {what}: {str(error).strip().splitlines()[0]}") from error
+
+    def run(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        labels, confidence = session.run(["labels", "confidence"], {"image": image})
+        return labels, confidence
+
+    return run
+
+
+def synthetic(shape: tuple[int, ...], count: int = 4) -> Samples:
+    """Return smooth blobs of colour with sharp shapes on them, always the same: for when no real frame is at hand."""
+    import cv2
+
+    random = np.random.default_rng(0)
+    _, height, width, _ = shape
+    images = []
+    for _ in range(count):
+        image = cv2.resize(random.integers(0, 256, (5, 7, 3), dtype=np.uint8), (width, height), interpolation=cv2.INTER_CUBIC)
+        for _ in range(12):
+            centre = (int(random.integers(0, width)), int(random.integers(0, height)))
+            radius = int(random.integers(3, max(4, height // 6)))
+            cv2.circle(image, centre, radius, random.integers(0, 256, 3).tolist(), -1, cv2.LINE_AA)
+        noisy = np.clip(image + random.normal(0, 4, image.shape), 0, 255).astype(np.uint8)
+        images.append(np.ascontiguousarray(noisy)[None])
+    return Samples(images, "drawn shapes")
