@@ -55,15 +55,20 @@ def test_products_run_in_half_and_norms_softmax_and_residual_sums_in_fp32(model,
     counted, readers = {}, {}
     for node in proto.graph.node:
         for name in node.input:
-            readers.setdefault(name, []).append(node.op_type)
+            readers.setdefault(name, []).append(node)
     for node in proto.graph.node:
         counted[node.op_type] = counted.get(node.op_type, 0) + 1
         if node.op_type in ("MatMul", "Conv"):
             assert {kind[name] for name in node.input if name} == {HALF[precision]}, node.name
         if node.op_type in ("LayerNormalization", "Softmax", "Exp", "ReduceSum", "ReduceMean"):
             assert kind[node.input[0]] == TensorProto.FLOAT, node.name
-    # Two sums a block: by the graph's own shape, an Add whose result a LayerNormalization reads.
-    sums = [n for n in proto.graph.node if n.op_type == "Add" and "LayerNormalization" in readers.get(n.output[0], [])]
+    # Two sums a block: by the graph's own shape, an Add whose result a LayerNormalization reads, itself or reshaped.
+
+    def normalised(name):
+        return any(n.op_type == "LayerNormalization" or (n.op_type == "Reshape" and normalised(n.output[0]))
+                   for n in readers.get(name, []))  # fmt: skip
+
+    sums = [n for n in proto.graph.node if n.op_type == "Add" and normalised(n.output[0])]
     backbone = json.loads(model_file.read(model).metadata["recipe"])["backbone"]
     blocks = {"swin-micro": 10, "swin-tiny": 12}[backbone]
     assert counted["Softmax"] == blocks

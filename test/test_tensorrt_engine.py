@@ -286,12 +286,12 @@ class TestUnavailable:
         monkeypatch.setitem(sys.modules, "cuda.bindings", None)
         assert "pip install cuda-bindings" in tensorrt.unavailable()
 
-    def test_no_tensorrt(self, runtime, monkeypatch):
+    def test_no_tensorrt(self, runtime, monkeypatch, tiny_model):
         for name in ("tensorrt", "tensorrt_rtx"):
             monkeypatch.setitem(sys.modules, name, None)
         assert "pip install tensorrt-rtx-cu13" in tensorrt.unavailable()
         with pytest.raises(EngineError, match="tensorrt cannot be used: TensorRT is not installed"):
-            engines.ready("x.onnx", "tensorrt")
+            engines.load(tiny_model, "tensorrt")
 
 
 NO_GPU = tensorrt.unavailable()
