@@ -51,8 +51,8 @@ def engine_section(report: dict[str, Any], picture: str | None = None) -> str:
              "first frame s", "cached", "MB", "peak MB"]
     rows = [engine_row(run, several) for run in report["runs"]]
     lines += table(["model", *heads] if several else heads, rows)
-    lines += ["", "The limits, from what torch's large matrix product, the better of this and a large convolution (GFLOP/s), and "
-              "a large copy reached between the turns:", ""]
+    lines += ["", "The limits, from what torch's large matrix product, the better of this and a large convolution (GFLOP/s), "
+              "and a large copy reached between the turns:", ""]
     heads = ["device", "precision", "matmul GFLOP/s", "GFLOP/s", "FLOP limit ms", "MB a frame", "GB/s", "byte limit ms"]
     lines += table(heads, [limit_row(limit) for limit in report["limits"]])
     notes = [f"{device} in {precision}: no rate, {why}" for device, reasons in report["no_rate"].items()

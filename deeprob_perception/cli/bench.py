@@ -77,6 +77,69 @@ def engine(
         write_section(docs_page(), f"engine {name}", engine_section(report, f"images/bench_{name}.png"))
 
 
+@bench_app.command()
+def node(
+    model: Annotated[str, typer.Option(help="A model's name or an .onnx file.")] = "tabletop",
+    rates: Annotated[str, typer.Option(help="Frames a second that the camera publishes; several: 10,30,60.")] = "10",
+    seconds: Annotated[float, typer.Option(min=1, help="How long at each rate.")] = 60.0,
+    search: Annotated[
+        bool, typer.Option("--search", help="Find the highest rate with less than 5 % loss as well, by bisection.")
+    ] = False,
+    search_seconds: Annotated[float, typer.Option(min=1, help="How long each step of the search is.")] = 5.0,
+    backend: Annotated[str, typer.Option(help="Back end of the node.")] = "auto",
+    precision: Annotated[str, typer.Option(help="Precision of the node.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0)] = 0,
+    width: Annotated[int, typer.Option(min=1)] = 640,
+    height: Annotated[int, typer.Option(min=1)] = 480,
+    transport: Annotated[str, typer.Option(help="raw or compressed.")] = "raw",
+    bag: BagOption = None,
+    json_out: Json = None,
+    write_docs: Docs = False,
+) -> None:
+    """Measure the segmentation node from outside, camera and node in processes of their own (needs ROS 2)."""
+    from rich.console import Console
+    from rich.markdown import Markdown
+
+    from deeprob_perception.bench.node import Plan, bench
+    from deeprob_perception.bench.report import node_section, write_section
+    from deeprob_perception.errors import BagError, EngineError
+    from deeprob_perception.share import share_dir
+
+    plan = Plan(parse_rates(rates), seconds, search, search_seconds)
+    if transport not in ("raw", "compressed"):
+        raise typer.BadParameter(f"--transport {transport}: want raw or compressed")
+    pictures = bag or share_dir() / "bags" / "sample.mcap"
+    if not pictures.exists():
+        raise BagError(f"there is no bag {pictures}")
+    try:
+        from deeprob_perception.nodes.measure import Setting, measure, session
+    except ImportError as error:
+        raise EngineError(f"`deeprob bench node` needs ROS 2 ({error}); the extra `ros` installs it from PyPI") from error
+    setting = Setting(model, backend, precision, threads, width, height, transport, pictures)
+    console = Console()
+    with console.status("starting") as status:
+        report = bench(
+            plan, lambda rate, length: measure(setting, rate, length), lambda: session(setting), pictures, threads,
+            lambda text: status.update(f"bench: {text}"),
+        )  # fmt: skip
+    section = node_section(report)
+    console.print(Markdown(section) if console.is_terminal else section, soft_wrap=True)
+    keep(report, json_out)
+    if write_docs:
+        write_section(docs_page(), f"node {report['model']['name']}", section)
+
+
+def parse_rates(text: str) -> list[float]:
+    """Return the rates in Hz of `10,30,60`; raise typer.BadParameter for anything else."""
+    try:
+        rates = [float(part) for part in text.split(",")]
+    except ValueError:
+        rates = [0.0]
+    if not all(0.1 <= rate <= 1000 for rate in rates):
+        raise typer.BadParameter(f"--rates {text}: give frames a second as 10 or 10,30,60, each 0.1 to 1000")
+    return rates
+
+
 def docs_page() -> Path:
     """Return the page of a checkout; raise PerceptionError where there is none to write."""
     from deeprob_perception.errors import PerceptionError
