@@ -5,6 +5,7 @@ from deeprob_perception.cli import (  # noqa: F401
     bag,
     bench,
     demo,
+    doctor,
     evaluate,
     export,
     models,
