@@ -53,7 +53,7 @@ def gpu() -> Check:
                           capture_output=True, text=True, timeout=20)
     text = (done.stdout.strip() or done.stderr.strip()).replace("\n", "; ")
     if done.returncode or not done.stdout.strip():
-        return Check("GPU", WARN, f"nvidia-smi fails: {text}", "reinstall the driver or reboot; until then models run on the CPU")
+        return Check("GPU", WARN, f"nvidia-smi fails: {text}", "reinstall the driver or reboot")
     return Check("GPU", OK, text)
 
 
