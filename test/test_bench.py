@@ -66,7 +66,7 @@ class Died:
 def test_a_candidate_that_dies_or_fails_is_one_line():
     with pytest.raises(EngineError, match="status 3"):
         Remote(Died).call("die")
-    with pytest.raises(EngineError, match="^first line$"):
+    with pytest.raises(EngineError, match=r"^first line$"):
         Remote(Died).call("fail")
     with pytest.raises(EngineError, match="more than 1 s"):
         Remote(time.sleep, 60, patience=1.0)
