@@ -7,6 +7,7 @@ Each takes the model file and a number of threads and returns a callable, uint8 
 
 import shutil
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +43,8 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
     :raises EngineError: for a network that transformers has no equal of, or where transformers is missing.
     """
     try:
-        import transformers
+        # By name: a peer to compare with, of the extra `test`, that nothing in the package depends on.
+        transformers = import_module("transformers")
     except ImportError:
         raise EngineError("transformers is not installed (extra `test`)") from None
     from deeprob_perception import zoo
