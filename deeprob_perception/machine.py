@@ -25,8 +25,12 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 
 def facts() -> dict[str, str]:
     """Return processor, cores that this process may use, memory and operating system, for people to read."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return {"processor": processor_name(), "cores": str(cores), **_memory(), "system": _system()}
+    return {"processor": processor_name(), "cores": str(cores()), **_memory(), "system": _system()}
+
+
+def cores() -> int:
+    """Return how many cores this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> dict[str, str]:

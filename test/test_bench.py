@@ -2,10 +2,17 @@
 """What `deeprob bench engine` reports."""
 
 import json
+import os
+import time
 
 import pytest
 
-from deeprob_perception import bench, engines
+from deeprob_perception import engines
+from deeprob_perception.bench import limits, rates
+from deeprob_perception.bench.peers import EAGER
+from deeprob_perception.bench.remote import Remote
+from deeprob_perception.bench.report import write_section
+from deeprob_perception.errors import EngineError
 
 
 def test_flops_are_counted_as_torch_counts_them(tiny_model, tiny_net):
@@ -14,7 +21,7 @@ def test_flops_are_counted_as_torch_counts_them(tiny_model, tiny_net):
 
     with FlopCounterMode(display=False) as counter, torch.no_grad():
         tiny_net(torch.zeros(1, 3, 96, 128))
-    assert bench.count_gflop(tiny_model) == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-6)
+    assert limits.count(tiny_model).gflop == pytest.approx(counter.get_total_flops() / 1e9, rel=1e-6)
 
 
 @pytest.mark.slow
@@ -23,39 +30,68 @@ def test_every_candidate_is_measured_and_compared(tiny_model, tmp_path):
 
     from deeprob_perception.cli import app, commands  # noqa: F401
 
-    out = tmp_path / "bench.json"
-    arguments = ["bench", "engine", "--model", str(tiny_model), "--rounds", "5", "--threads", "1", "--json", str(out)]
+    out, plot = tmp_path / "bench.json", tmp_path / "plot.png"
+    arguments = ["bench", "engine", "--model", str(tiny_model), "--rounds", "2", "--threads", "1", "--json", str(out),
+                 "--skip", "torch.compile", "--plot", str(plot)]
     result = CliRunner().invoke(app, arguments)
     assert result.exit_code == 0, result.output
     report = json.loads(out.read_text())
-    assert report["model"]["name"] == "tiny"
-    assert len(report["model"]["sha256"]) == 64
+    assert report["models"][0]["name"] == "tiny" and len(report["models"][0]["sha256"]) == len(report["bag"]["sha256"]) == 64
     usable = [name for name in engines.BACKENDS if engines.unavailable(name) is None]
     runs = {(run["backend"], run["precision"]): run for run in report["runs"]}
-    assert {(name, "fp32") for name in usable} | {(bench.EAGER, "fp32")} <= set(runs)
-    assert set(runs) | {tuple(name.rsplit(" ", 1)) for name in report["skipped"]} == {
-        (bench.EAGER, "fp32"), *((name, p) for name in engines.BACKENDS for p in engines.PRECISIONS[1:]),
-    }  # fmt: skip
-    eager = runs[bench.EAGER, "fp32"]
-    assert eager["speedup"] == 1.0
+    assert {(EAGER, "fp32"), ("onnxruntime defaults", "fp32")} <= set(runs)
+    assert {name for name, _ in runs} >= set(usable)
+    assert any(name.startswith("transformers eager") for name in report["skipped"])
     for run in runs.values():
+        assert run["n"] == 6
         assert 0 < run["p50"] <= run["p95"] <= run["p99"]
-        assert run["speedup"] == pytest.approx(eager["p50"] / run["p50"])
-        assert run["of_limit"] > 0
+        assert run["speedup"] == pytest.approx(runs[EAGER, "fp32"]["p50"] / run["p50"])
+        assert run["of_byte_limit"] > 0 and run["first_frame_s"] > 0
+        assert 20 < run["memory_mb"] <= run["peak_mb"] * 1.01
         if run["precision"] == "fp32":
             assert run["agreement"] >= 0.999
-        if run is not eager:
-            assert run["first_frame_s"] > 0
-            assert run["memory_mb"] > 20
-    for run in report["runs"]:
-        assert f"| {run['backend']} | {run['precision']} | {run['p50']:.1f} |" in result.output
+        assert (run["cached_first_frame_s"] is None) == run["peer"]
+    assert len({round(run["peak_mb"]) for run in runs.values()}) > 1, "each one's memory is its own"
+    assert plot.stat().st_size > 5000
+
+
+class Died:
+    def die(self):
+        os._exit(3)
+
+    def fail(self):
+        raise ValueError("first line\nsecond")
+
+
+def test_a_candidate_that_dies_or_fails_is_one_line():
+    with pytest.raises(EngineError, match="status 3"):
+        Remote(Died).call("die")
+    with pytest.raises(EngineError, match=r"^first line$"):
+        Remote(Died).call("fail")
+    with pytest.raises(EngineError, match="more than 1 s"):
+        Remote(time.sleep, 60, patience=1.0)
+
+
+@pytest.mark.parametrize("capacity", [3.0, 7.0, 33.0, 64.0])
+def test_the_search_finds_the_highest_rate(capacity):
+    def run(rate):
+        return {"rate_hz": rate, "sent_hz": rate, "loss": max(0.0, 1 - capacity / rate)}
+
+    runs = rates.search(run)
+    best = rates.highest(runs)
+    if capacity < 4.7:
+        assert best is None
+    else:
+        assert capacity / 1.01 < best < capacity / 0.95
+        assert rates.confirm(run, best * 1.06)["loss"] < rates.ALLOWED_LOSS
+    assert not rates.passes({"rate_hz": 100.0, "sent_hz": 60.0, "loss": 0.0}), "a camera that lags proves nothing"
 
 
 def test_a_section_of_the_docs_is_replaced_and_the_rest_left_alone(tmp_path):
     path = tmp_path / "benchmarks.md"
-    bench.write_section(path, "a", "first\n")
-    bench.write_section(path, "b", "second\n")
-    bench.write_section(path, "a", "third\n")
+    write_section(path, "a", "first\n")
+    write_section(path, "b", "second\n")
+    write_section(path, "a", "third\n")
     text = path.read_text()
     assert text.startswith("# Benchmarks\n")
     assert "first" not in text

@@ -180,7 +180,8 @@ def test_help_imports_nothing_heavy() -> None:
              "sys.exit(f'imports {heavy & set(sys.modules)}' if heavy & set(sys.modules) else 0)\n"
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    for command in ("bag", "bench", "build", "demo", "eval", "export", "models", "play", "quantize", "replay", "sim", "train"):
+    for command in ("bag", "bench", "build", "demo", "doctor", "eval", "export", "models", "play", "quantize", "replay", "sim",
+                    "train"):  # fmt: skip
         assert re.search(rf"\b{command}\b", done.stdout), f"{command} is missing from the help:\n{done.stdout}"
 
 

@@ -28,7 +28,7 @@ from deeprob_perception.messages.cdr import (
     stamp_ns,
 )
 from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
-from deeprob_perception.nodes.measure import _judged, measure
+from deeprob_perception.nodes.measure import Setting, _judged, session
 
 pytestmark = pytest.mark.ros
 START = 1_600_000_000_000_000_000
@@ -167,14 +167,20 @@ def test_record_writes_what_was_sent_with_latched_topics_and_a_whole_file_on_ctr
 def test_measuring_counts_every_frame_of_a_short_run(tiny_model, monkeypatch):
     for name in ("ROS_DOMAIN_ID", "ROS_AUTOMATIC_DISCOVERY_RANGE"):
         monkeypatch.setenv(name, os.environ[name])  # restored after measure() has set its own
-    seen = measure(tiny_model, rate_hz=10, seconds=2, precision="fp32", threads=1, width=160, height=120)
+    with session(Setting(tiny_model, precision="fp32", threads=1, width=160, height=120)) as started:
+        first, seen = started.run(rate_hz=20, seconds=1), started.run(rate_hz=10, seconds=2)
+    assert first["sent"] == 20
     assert seen["sent"] == 20 and seen["accounted"], seen
+    assert seen["loss"] == 1 - seen["masks"] / 20
+    assert 5 < seen["sent_hz"] < 15
     assert seen["stamps_equal"] and seen["frame_ids_equal"] and seen["newest_wins"], seen
     assert seen["failed"] == 0 and seen["masks"] >= 1
     assert 20 < seen["node_memory_mb"] < 700
-    for stage in ("stamp_to_publish", "overhead", "infer", "decode", "publish"):
+    for stage in ("overhead", "infer", "decode", "publish"):
         assert 0 < seen["stages"][stage]["p50"] <= seen["stages"][stage]["p99"], stage
-    assert seen["stages"]["stamp_to_publish"]["p50"] >= seen["stages"]["infer"]["p50"]
+    assert seen["stamp_to_publish"]["n"] == seen["stamp_to_receipt"]["n"] == seen["masks"]
+    for p in ("p50", "p95", "p99"):
+        assert 0 < seen["stamp_to_publish"][p] < seen["stamp_to_receipt"][p], p
 
 
 def test_the_judge_of_a_run_sees_lost_doubled_foreign_and_backward_masks():

@@ -81,11 +81,7 @@ def rename(tensors: Mapping[str, Tensor], source: str) -> State:
         bare = name.removeprefix("module.")
         if IGNORED.search(bare):
             continue
-        for pattern, replacement in RENAMES:
-            name = re.sub(pattern, replacement, name)
-        # mmsegmentation and Microsoft number the norms of the stages norm0..norm3, Hugging Face stage1..stage4.
-        name = re.sub(r"^backbone\.norm(\d)\.", r"backbone.norms.\1.", name)
-        name = re.sub(r"^backbone\.hidden_states_norms\.stage(\d)\.", lambda m: f"backbone.norms.{int(m[1]) - 1}.", name)
+        name = our_name(name)
         if unfold and ".downsample." in name:
             tensor = undo_unfold_order(tensor)
         if name in state:
@@ -94,6 +90,15 @@ def rename(tensors: Mapping[str, Tensor], source: str) -> State:
     join_qkv(state)
     complete(state)
     return state
+
+
+def our_name(name: str) -> str:
+    """Return our name of a tensor of one of the known layouts; query, key and value stay apart, as ours has them joined."""
+    for pattern, replacement in RENAMES:
+        name = re.sub(pattern, replacement, name)
+    # mmsegmentation and Microsoft number the norms of the stages norm0..norm3, Hugging Face stage1..stage4.
+    name = re.sub(r"^backbone\.norm(\d)\.", r"backbone.norms.\1.", name)
+    return re.sub(r"^backbone\.hidden_states_norms\.stage(\d)\.", lambda m: f"backbone.norms.{int(m[1]) - 1}.", name)
 
 
 def undo_unfold_order(tensor: Tensor) -> Tensor:

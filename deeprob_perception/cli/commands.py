@@ -6,6 +6,7 @@ from deeprob_perception.cli import (  # noqa: F401
     bench,
     build,
     demo,
+    doctor,
     evaluate,
     export,
     models,

@@ -1,92 +1,122 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segmentation node measured from outside: a camera process, the node's process, and this one, which hears the masks.
 
-`measure` is what `deeprob bench node` runs. `python -m deeprob_perception.nodes.measure` is its camera: it publishes reliably
-at a fixed rate and prints the stamps of what it sent.
+`deeprob bench node` runs this. `nodes.bench_camera` is the camera.
 """
 
 import json
 import os
+import select
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import cv2
-import numpy as np
 import rclpy
 from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.executors import SingleThreadedExecutor
 from rclpy.node import Node
 from rclpy.qos import QoSProfile, ReliabilityPolicy
-from sensor_msgs.msg import CompressedImage, Image
+from sensor_msgs.msg import Image
 
 from deeprob_perception.errors import PerceptionError
-from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize, stamp_ns
-from deeprob_perception.messages.images import make_compressed, make_image
+from deeprob_perception.messages.cdr import IMAGE, deserialize, stamp_ns
+from deeprob_perception.nodes.bench_camera import FRAME_ID
 from deeprob_perception.nodes.dds import use_large_image_profile
-from deeprob_perception.nodes.headers import restamped
 from deeprob_perception.nodes.traffic import WINDOW
+from deeprob_perception.share import share_dir
 from deeprob_perception.timing import Samples
 
-FRAME_ID = "bench_optical_frame"
 START = 120.0  # seconds for the node to load its model and give its first mask
 SETTLE = 15.0  # seconds for the last mask to arrive
 
 
-def measure(
-    model: str | Path,
-    rate_hz: float = 10.0,
-    seconds: float = 60.0,
-    *,
-    backend: str = "auto",
-    precision: str = "auto",
-    threads: int = 0,
-    width: int = 640,
-    height: int = 480,
-    transport: str = "raw",
-) -> dict[str, Any]:
-    """Run camera and node for `seconds` and return what was seen.
+@dataclass(frozen=True)
+class Setting:
+    """What runs: the node's parameters, and the camera: `bag` (None: the sample bag) has its pictures, pixels its size."""
 
-    Keys: `sent`, `received`, `dropped`, `failed`, `lost_in_transport` (the node's own counts), `masks` heard here;
-    `accounted`: sent = received + lost_in_transport and received = masks + dropped + failed;
-    `stamps_equal`, `frame_ids_equal`: every mask has a sent frame's, none twice; `newest_wins`: the last mask is the last
-    frame's, and masks never go back in time; `stages`: name -> p50, p95, p99 in ms of the node's last frames (at most
-    600), `stamp_to_publish`, `overhead` (the same less the engine) and `infer` (the engine) among them;
-    `stamp_to_receipt`: the same seen from here; `node_memory_mb`: peak resident memory; `model`: what ran it.
+    model: str | Path
+    backend: str = "auto"
+    precision: str = "auto"
+    threads: int = 0
+    width: int = 640
+    height: int = 480
+    transport: str = "raw"
+    bag: Path | None = None
+
+
+def measure(setting: Setting, rate_hz: float = 10.0, seconds: float = 60.0) -> dict[str, Any]:
+    """Start camera and node for one run, so that the node's own percentiles are of this run; see `Session.run`."""
+    with session(setting) as started:
+        return started.run(rate_hz, seconds)
+
+
+@contextmanager
+def session(setting: Setting) -> "Iterator[Session]":
+    """Start camera and node, and wait for the first mask.
+
     Sets the process's ROS domain to one of its own. Raises PerceptionError if the node does not come up.
     """
     use_large_image_profile()
     os.environ.update(ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST", ROS_DOMAIN_ID=str(1 + os.getpid() % 100))
-    parameters = {"model": model, "backend": backend, "precision": precision, "threads": threads, "image_transport": transport}
-    node_command = ["deeprob_perception.nodes.segmentation", "--ros-args"]
-    for name, value in parameters.items():
-        node_command += ["-p", f"{name}:={value}"]
-    camera_command = ["deeprob_perception.nodes.measure", str(rate_hz), str(round(rate_hz * seconds)), str(width),
-                      str(height), transport]
+    node_command = ["deeprob_perception.nodes.segmentation", "--ros-args", "-p", f"image_transport:={setting.transport}"]
+    for name in ("model", "backend", "precision", "threads"):
+        node_command += ["-p", f"{name}:={getattr(setting, name)}"]
+    bag = setting.bag or share_dir() / "bags" / "sample.mcap"
+    camera_command = ["deeprob_perception.nodes.bench_camera", str(bag), str(setting.width), str(setting.height),
+                      setting.transport]
     with _process(node_command) as node, _process(camera_command, talks=True) as camera, _listener(node) as listener:
         listener.until(lambda: listener.masks, START, "the first mask")
-        _tell(camera)  # stop warming up
+        _tell(camera, "")  # stop warming up
+        yield Session(setting, node, camera, listener)
+
+
+class Session:
+    """A node at work, to be measured at any number of rates."""
+
+    def __init__(
+        self, setting: Setting, node: "subprocess.Popen[str]", camera: "subprocess.Popen[str]", listener: "_Listener"
+    ):
+        self.setting, self._node, self._camera, self._listener = setting, node, camera, listener
+
+    @property
+    def model(self) -> dict[str, str]:
+        """Return what the node's diagnostics say of its model: name, sha256, backend, precision, device, ..."""
+        return self._listener.values("model")
+
+    def run(self, rate_hz: float, seconds: float) -> dict[str, Any]:
+        """Send frames at `rate_hz` for `seconds` and return what was seen.
+
+        Keys: `rate_hz`, `seconds`, the setting's; `sent_hz`: the rate that the camera reached; `sent`, `received`, `dropped`,
+        `failed`, `lost_in_transport` (the node's own counts), `masks` heard here; `loss`: share of the frames sent without
+        a mask; `accounted`: sent = received + lost_in_transport and received = masks + dropped + failed; `stamps_equal`,
+        `frame_ids_equal`: every mask has a sent frame's, none twice; `newest_wins`: the last mask is the last frame's, and
+        masks never go back in time; `stamp_to_publish`: n, p50, p95, p99, max in ms from the frame's stamp to the node's
+        handing its mask to DDS, `stamp_to_receipt`: to its arrival in this process; `stages`: name -> p50, p95, p99 in ms
+        of the node's last frames (at most 600, of earlier runs too), `infer` (the engine), `wait`, `decode` and `overhead`
+        (all but the engine) among them; `node_memory_mb`: peak resident memory; `rmw`; `model`: what ran it.
+        """
+        listener, camera = self._listener, self._camera
         listener.until_quiet()
         before = listener.counts()
         listener.clear()
-        _tell(camera)
-        listener.until(lambda: camera.poll() is not None, seconds + 60.0, "the camera's end")
-        assert camera.stdout is not None
-        sent = json.loads(camera.stdout.read())
+        _tell(camera, f"{rate_hz} {max(2, round(rate_hz * seconds))}")
+        sent = json.loads(listener.line_of(camera, seconds + 60.0, "the camera's end"))
         listener.until(lambda: listener.masks and listener.masks[-1][0] == sent[-1], SETTLE, "")
         listener.until_quiet()
         grown = {key: after - before[key] for key, after in listener.counts().items()}
-        memory = _peak_memory_mb(node.pid)
-    return {
-        "rate_hz": rate_hz, "seconds": seconds, "width": width, "height": height, "transport": transport,
-        "model": listener.values("model"), **_judged(sent, listener.masks, grown), "stages": listener.stages(),
-        "stages_of_last": min(WINDOW, len(listener.masks)), "stamp_to_receipt": listener.latency.summary(),
-        "node_memory_mb": memory,
-    }
+        return {
+            **{key: value for key, value in asdict(self.setting).items() if key in ("width", "height", "transport")},
+            "rate_hz": rate_hz, "seconds": seconds, "sent_hz": (len(sent) - 1) / (sent[-1] - sent[0]) * 1e9,
+            "model": self.model, **_judged(sent, listener.masks, grown), "stages": listener.stages(),
+            "stages_of_last": WINDOW, "stamp_to_publish": listener.published.summary(),
+            "stamp_to_receipt": listener.latency.summary(), "node_memory_mb": _peak_memory_mb(self._node.pid),
+            "rmw": rclpy.get_rmw_implementation_identifier(),
+        }  # fmt: skip
 
 
 def _judged(sent: list[int], masks: list[tuple[int, str]], grown: dict[str, int]) -> dict[str, Any]:
@@ -95,6 +125,7 @@ def _judged(sent: list[int], masks: list[tuple[int, str]], grown: dict[str, int]
     return {
         "sent": len(sent),
         "masks": len(masks),
+        "loss": 1 - len(masks) / len(sent),
         **grown,
         "accounted": len(sent) == grown["received"] + grown["lost_in_transport"]
         and grown["received"] == len(masks) + grown["dropped"] + grown["failed"],
@@ -110,18 +141,21 @@ class _Listener:
     def __init__(self, node: "subprocess.Popen[str]", ros: Node, executor: SingleThreadedExecutor):
         self._process, self._executor = node, executor
         self.masks: list[tuple[int, str]] = []
-        self.latency = Samples()
+        self.latency, self.published = Samples(), Samples()
         self._status: dict[str, Any] = {}
         self._heard = 0
         reliable = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
         ros.create_subscription(Image, "/segmentation/mask", self._on_mask, reliable, raw=True)
         ros.create_subscription(DiagnosticArray, "/diagnostics", self._on_diagnostics, 10)
 
-    def _on_mask(self, raw: bytes) -> None:
+    def _on_mask(self, raw: bytes, info: dict[str, int]) -> None:
         now = time.time_ns()
         header = deserialize(raw, IMAGE).header
-        self.masks.append((stamp_ns(header), header.frame_id))
-        self.latency.add((now - stamp_ns(header)) / 1e6)
+        stamp = stamp_ns(header)
+        self.masks.append((stamp, header.frame_id))
+        self.latency.add((now - stamp) / 1e6)
+        # Written by DDS in the node's process when the mask was handed over.
+        self.published.add((info["source_timestamp"] - stamp) / 1e6)
 
     def _on_diagnostics(self, message: Any) -> None:
         self._heard += 1
@@ -138,6 +172,15 @@ class _Listener:
                     raise PerceptionError(f"waited {patience:g} s in vain for {what}: {self.log()}")
                 return
             self._executor.spin_once(timeout_sec=0.05)
+
+    def line_of(self, process: "subprocess.Popen[str]", patience: float, what: str) -> str:
+        """Spin until the other process has written a line, and return it."""
+        assert process.stdout is not None
+        self.until(lambda: select.select([process.stdout], [], [], 0)[0] or process.poll() is not None, patience, what)
+        line = process.stdout.readline()
+        if not line:
+            raise PerceptionError(f"the camera ended with status {process.wait()}; its log is above")
+        return line
 
     def until_quiet(self) -> None:
         """Spin until two diagnostics in a row count the same frames, and none is under way in the node."""
@@ -156,6 +199,7 @@ class _Listener:
     def clear(self) -> None:
         self.masks.clear()
         self.latency.clear()
+        self.published.clear()
 
     def values(self, item: str) -> dict[str, str]:
         return {pair.key: pair.value for pair in self._status[item].values} if item in self._status else {}
@@ -195,6 +239,9 @@ def _process(command: list[str], talks: bool = False) -> "Iterator[subprocess.Po
     try:
         yield process
     finally:
+        if process.stdin is not None:
+            with suppress(OSError):
+                process.stdin.close()  # rclpy's signal handler doesn't wake who reads it
         process.terminate()
         try:
             process.wait(20)
@@ -203,10 +250,11 @@ def _process(command: list[str], talks: bool = False) -> "Iterator[subprocess.Po
             process.wait()
 
 
-def _tell(camera: "subprocess.Popen[str]") -> None:
+def _tell(camera: "subprocess.Popen[str]", line: str) -> None:
     assert camera.stdin is not None
-    camera.stdin.write("\n")
-    camera.stdin.flush()
+    with suppress(BrokenPipeError):  # whoever waits for its answer says that it died
+        camera.stdin.write(f"{line}\n")
+        camera.stdin.flush()
 
 
 def _peak_memory_mb(pid: int) -> float | None:
@@ -216,43 +264,3 @@ def _peak_memory_mb(pid: int) -> float | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 / 1e6 for line in lines if line.startswith("VmHWM")), None)
-
-
-def camera(rate_hz: float, frames: int, width: int, height: int, transport: str) -> None:
-    """Publish `frames` images at `rate_hz` on `image`, and print their stamps as JSON.
-
-    Before, images are published until a line comes on stdin (the node has found us), then nothing until the next line.
-    """
-    use_large_image_profile()
-    rclpy.init()
-    node = rclpy.create_node("bench_camera", start_parameter_services=False)
-    coarse = np.random.default_rng(0).integers(0, 256, (12, 16, 3), dtype=np.uint8)
-    bgr = cv2.resize(coarse, (width, height), interpolation=cv2.INTER_CUBIC)
-    header = make_header(0, FRAME_ID)
-    qos = QoSProfile(depth=10, reliability=ReliabilityPolicy.RELIABLE)
-    if transport == "compressed":
-        raw = serialize(make_compressed(bgr, header), COMPRESSED_IMAGE)
-        publisher = node.create_publisher(CompressedImage, "image/compressed", qos)
-    else:
-        raw = serialize(make_image(bgr, "bgr8", header), IMAGE)
-        publisher = node.create_publisher(Image, "image", qos)
-    os.set_blocking(sys.stdin.fileno(), False)
-    while not sys.stdin.read(1):
-        publisher.publish(restamped(raw, time.time_ns()))
-        time.sleep(0.2)
-    os.set_blocking(sys.stdin.fileno(), True)
-    sys.stdin.readline()
-    sent = []
-    start = time.monotonic()
-    for number in range(frames):
-        time.sleep(max(0.0, start + number / rate_hz - time.monotonic()))
-        sent.append(time.time_ns())
-        publisher.publish(restamped(raw, sent[-1]))
-    # Whoever is slow may still fetch the last ones.
-    time.sleep(1.0)
-    print(json.dumps(sent))
-    rclpy.try_shutdown()
-
-
-if __name__ == "__main__":
-    camera(float(sys.argv[1]), int(sys.argv[2]), int(sys.argv[3]), int(sys.argv[4]), sys.argv[5])
