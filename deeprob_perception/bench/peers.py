@@ -48,7 +48,7 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
     except ImportError:
         raise EngineError("transformers is not installed (extra `test`)") from None
     from deeprob_perception import zoo
-    from deeprob_perception.checkpoints import our_name
+    from deeprob_perception.checkpoints.swin import our_name
     from deeprob_perception.nets import swin
 
     recipe, state = zoo.load_checkpoint(model)
