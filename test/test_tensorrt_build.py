@@ -280,6 +280,7 @@ class TestInt8:
     def test_a_quantised_file_is_built_as_it_is(self, quantised, far, tmp_path):
         entry = builder.build(model_file.read(quantised), "auto", far, tmp_path)
         assert (entry.facts["precision"], entry.facts["requested_precision"]) == ("int8", "int8")
+        assert entry.facts["parity"] is None, "the file was compared with itself, which says nothing of fp32"
 
     def test_a_quantised_file_has_no_other_precision(self, quantised, far, tmp_path):
         with pytest.raises(EngineError, match=r"tiny-int8\.onnx is in int8 already; ask for int8, or give the fp32 file"):

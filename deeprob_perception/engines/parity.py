@@ -39,7 +39,8 @@ class Parity:
     - `agreement`: share of equal labels; `max_error`, `mean_error`: of confidence, 1.0 = certain
     - `nans`: pixels without a number: a confidence of 0, which soft-max over at most 255 classes cannot give
     - `miou`, `reference_miou`: against ground truth; None where there is none
-    - `measured_by`: what ran in the engine's stead or the engine itself; `reference`, `frames`, `origin`
+    - `measured_by`: what ran in the engine's stead or the engine itself; `frames`, `origin`
+    - `reference`: what it was compared with: fp32, or a lowered or quantised file's own graph by ONNX Runtime
     """
 
     agreement: float
@@ -51,34 +52,41 @@ class Parity:
     frames: int
     origin: str
     measured_by: str
-    reference: str = "onnxruntime fp32"
+    reference: str = "fp32"
 
     def shortfall(self, precision: str) -> str | None:
         """Return why an engine that answers so is not to be trusted; None when it is."""
         if self.nans:
             return f"{self.nans} pixels of {self.frames} frames are no numbers (overflow)"
         if self.agreement < AGREEMENT[precision]:
-            return f"only {self.agreement:.2%} of the labels are those of fp32; {AGREEMENT[precision]:.1%} are asked for"
+            least = f"{AGREEMENT[precision]:.1%} are asked for"
+            return f"only {self.agreement:.2%} of the labels are those of {self.reference}; {least}"
         if self.miou is not None and self.reference_miou is not None and self.reference_miou - self.miou > MIOU_LOSS:
-            return f"mean IoU is {self.miou:.3f}, in fp32 {self.reference_miou:.3f}; at most {MIOU_LOSS} may be lost"
+            ours, theirs = f"mean IoU is {self.miou:.3f}", f"in {self.reference} {self.reference_miou:.3f}"
+            return f"{ours}, {theirs}; at most {MIOU_LOSS} may be lost"
         return None
 
     def line(self) -> str:
         """Return the figures for people."""
         text = (
-            f"{self.agreement:.3%} of labels as in fp32, confidence off by {self.mean_error:.4f} on average and "
+            f"{self.agreement:.3%} of labels as in {self.reference}, confidence off by {self.mean_error:.4f} on average and "
             f"{self.max_error:.3f} at most, {self.nans} NaN"
         )
         if self.miou is not None and self.reference_miou is not None:
-            text += f", mIoU {self.miou:.3f} (fp32 {self.reference_miou:.3f})"
+            text += f", mIoU {self.miou:.3f} ({self.reference} {self.reference_miou:.3f})"
         return f"{text}; {self.frames} frames of {self.origin}, measured by {self.measured_by}"
 
     def facts(self) -> dict[str, Any]:
         return asdict(self)
 
 
-def measure(expected: Sequence[tuple[np.ndarray, np.ndarray]], run: Run, samples: Samples, measured_by: str) -> Parity:
-    """Compare what `run` answers on the samples with `expected`, the reference's `(labels, confidence)` for each."""
+def measure(
+    expected: Sequence[tuple[np.ndarray, np.ndarray]], run: Run, samples: Samples, measured_by: str, held: str = "fp32"
+) -> Parity:
+    """Compare what `run` answers on the samples with `expected`, the reference's `(labels, confidence)` for each.
+
+    :param held: what the reference's file is in.
+    """
     if not samples.images:
         raise EngineError(f"there are no frames to compare on in {samples.origin}")
     equal, largest, total, nans = [], 0.0, [], 0
@@ -103,6 +111,7 @@ def measure(expected: Sequence[tuple[np.ndarray, np.ndarray]], run: Run, samples
         frames=len(samples.images),
         origin=samples.origin,
         measured_by=measured_by,
+        reference="fp32" if held == "fp32" else f"the {held} file by ONNX Runtime",
     )
 
 
