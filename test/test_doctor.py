@@ -108,3 +108,20 @@ def test_exit_status_and_report(tmp_path, monkeypatch):
     monkeypatch.setenv("ROS_DOMAIN_ID", "many")
     assert CliRunner().invoke(app, ["doctor"]).exit_code == 1
     assert redacted("/home/anna/ws") == "/home/USER/ws"
+
+
+def test_a_folder_of_the_same_name_is_no_installed_module(tmp_path, monkeypatch):
+    (tmp_path / "some_ros_package").mkdir()
+    monkeypatch.syspath_prepend(tmp_path)
+    assert not ros.installed("some_ros_package")
+    assert ros.installed("json")
+    assert not ros.installed("no_such_module")
+
+
+def test_rendering_that_fails_is_told_with_the_package_to_install(monkeypatch):
+    if system.rendering().level == OFF:
+        pytest.skip("MuJoCo is not installed (extra `sim`)")
+    monkeypatch.setenv("MUJOCO_GL", "no_such_library")
+    check = system.rendering()
+    assert check.level == WARN
+    assert "libegl1" in check.advice

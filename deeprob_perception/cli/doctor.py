@@ -29,7 +29,7 @@ def doctor(
         checks = run([
             system.python, system.packages, ros.distribution, ros.middleware, ros.discovery, system.shared_memory,
             system.precisions, system.gpu, system.cuda, system.jetson, models.tensorrt, models.backends, models.models,
-            models.cache, ros.optional,
+            models.cache, system.rendering, ros.optional,
         ])  # fmt: skip
     style = {OK: "green", OFF: "dim", WARN: "yellow", FAIL: "bold red"}
     table = Table("", "what", "found", show_header=False, box=None)

@@ -1,13 +1,13 @@
 # SPDX-License-Identifier: Apache-2.0
 """Back ends, TensorRT's flavours, models and their checksums, the cache folder."""
 
-import importlib.util
 import os
 import shutil
 from pathlib import Path
 
 from deeprob_perception import engines, zoo
 from deeprob_perception.doctor.check import FAIL, OFF, OK, WARN, Check
+from deeprob_perception.engines import tensorrt_library
 from deeprob_perception.share import PACKAGE
 
 LITTLE = 1 << 30  # bytes: fetched models and compiled engines take some hundred MB
@@ -23,11 +23,11 @@ def backends() -> Check:
 
 
 def tensorrt() -> Check:
-    found = [name for name in ("tensorrt", "tensorrt_rtx") if importlib.util.find_spec(name) is not None]
+    found, _ = tensorrt_library.libraries()
     if found:
-        return Check("TensorRT", OK, ", ".join(found))
+        return Check("TensorRT", OK, ", ".join(library.title for library in found))
     if shutil.which("nvidia-smi") or Path("/etc/nv_tegra_release").is_file():
-        return Check("TensorRT", WARN, "a GPU, but no TensorRT", "docs/engines.md says which one fits this machine")
+        return Check("TensorRT", WARN, "a GPU, but no TensorRT", "docs/tensorrt.md says which one fits this machine")
     return Check("TensorRT", OFF, "not installed")
 
 

@@ -2,6 +2,8 @@
 """Python, processor, GPU, driver, CUDA, Jetson, shared memory."""
 
 import ctypes
+import importlib.util
+import os
 import platform
 import re
 import shutil
@@ -89,3 +91,16 @@ def shared_memory(folder: Path = Path("/dev/shm")) -> Check:
     if usage.free < ROOM_FOR_LARGE:
         return Check("shared memory", WARN, text, "docker run --shm-size=256m, or remove what dead processes left (fastrtps_*)")
     return Check("shared memory", OK, text)
+
+
+def rendering() -> Check:
+    """Try MuJoCo's off-screen rendering in a process of its own: without EGL it may end more than an import."""
+    if importlib.util.find_spec("mujoco") is None:
+        return Check("rendering", OFF, "MuJoCo is not installed; only `deeprob sim` needs it")
+    script = "from deeprob_perception import sim; import mujoco; mujoco.GLContext(16, 16).make_current()"
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    if done.returncode:
+        reason = (done.stderr.strip().splitlines() or [f"status {done.returncode}"])[-1]
+        return Check("rendering", WARN, f"MuJoCo cannot draw: {reason}",
+                     "apt install libegl1 libgl1-mesa-dri, for `deeprob sim`")
+    return Check("rendering", OK, f"MuJoCo draws off screen ({os.environ.get('MUJOCO_GL', 'egl')})")
