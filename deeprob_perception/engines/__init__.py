@@ -45,6 +45,8 @@ def load(
     :raises ModelError: when the file is missing, damaged or not ours.
     :raises EngineError: when the back end is unknown, not installed, or refuses the model or the precision.
     """
+    if backend != "auto" and backend not in BACKENDS:
+        raise EngineError(f"unknown back end {backend!r}; there are: auto, {', '.join(BACKENDS)}")
     if precision not in PRECISIONS:
         raise EngineError(f"unknown precision {precision!r}; there are: {', '.join(PRECISIONS)}")
     if threads < 0:
