@@ -97,3 +97,27 @@ def test_a_section_of_the_docs_is_replaced_and_the_rest_left_alone(tmp_path):
     assert "first" not in text
     assert text.index("third") < text.index("second")
     assert text.count("<!--") == 4
+
+
+@pytest.mark.slow
+def test_transformers_on_the_same_weights_gives_the_same_labels(tmp_path, tiny_recipe, monkeypatch):
+    """Else what we are compared with would be another network."""
+    torch = pytest.importorskip("torch", reason="needs the extra `train`")
+    pytest.importorskip("transformers", reason="needs the extra `test`")
+    from test_swin import randomize
+
+    from deeprob_perception import zoo
+    from deeprob_perception.bench import peers
+    from deeprob_perception.nets import segmenter, swin
+
+    small = dict(embed_dim=24, depths=(1, 1, 2, 1), num_heads=(1, 2, 4, 8))
+    monkeypatch.setitem(swin.VARIANTS, "swin-for-this-test", small)
+    recipe = {**tiny_recipe, "backbone": "swin-for-this-test", "head": "upernet", "head_channels": 32, "window_size": 7}
+    net = randomize(segmenter.build(recipe))
+    model = zoo.export(recipe, net.state_dict(), tmp_path / "small.onnx", 96, 128)
+    image = torch.randint(0, 256, (1, 12, 16, 3), dtype=torch.uint8).repeat_interleave(8, 1).repeat_interleave(8, 2).numpy()
+    (ours, _), (theirs, device) = peers.eager(model, 1), peers.hugging_face(model, 1)
+    labels = ours(image)
+    assert len(set(labels.ravel().tolist())) > 1
+    assert (theirs(image) == labels).mean() > 0.999
+    assert device in ("cpu", "cuda")

@@ -78,7 +78,8 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
             joined = found.replace(f".attn.{part}.", ".attn.qkv.")
             if joined != found and joined in state:
                 theirs[name] = state[joined].chunk(3)[i]
-        if name not in theirs and name.endswith("relative_position_index"):
+        # What follows from the shape, and a classifier's last norm, which nothing here reads.
+        if name not in theirs and name.endswith(("relative_position_index", "swin.layernorm.weight", "swin.layernorm.bias")):
             theirs[name] = tensor
         elif name not in theirs:
             raise EngineError(f"transformers' {name} has no equal in {model}")
