@@ -9,7 +9,6 @@ normalisation into convolutions, or the transposes of matrices into the matrices
 import contextlib
 import json
 import logging
-import tempfile
 import warnings
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from deeprob_perception.engines.model_file import CONTRACT, PREFIX
 from deeprob_perception.errors import ModelError
+from deeprob_perception.files import write_whole
 from deeprob_perception.nets.label_graph import SegmentationGraph
 
 # LayerNormalization came with 17, TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes itself.
@@ -74,7 +74,7 @@ def export_segmentation(
     for key, value in metadata.items():
         proto.metadata_props.add(key=PREFIX + key, value=value)
     onnx.checker.check_model(proto, full_check=True)
-    write_atomically(path, proto.SerializeToString())
+    write(path, proto.SerializeToString())
     return path
 
 
@@ -165,19 +165,11 @@ def store_weights(proto: onnx.ModelProto, state: dict[str, Tensor], prefix: str)
             del graph.value_info[i]
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename over it, so that no reader ever sees half a file."""
-    temporary = ""
+def write(path: Path, content: bytes) -> None:
+    """Write a model, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            temporary = file.name
-            file.write(content)
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
+        write_whole(path, content)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            Path(temporary).unlink()
         raise ModelError(f"cannot write {path}: {error.strerror}; choose another --out") from error
 
 

@@ -27,7 +27,7 @@ from deeprob_perception.engines.model_file import PREFIX
 from deeprob_perception.errors import DataError, ModelError
 from deeprob_perception.messages.cdr import deserialize
 from deeprob_perception.messages.images import to_bgr
-from deeprob_perception.zoo import checksum, write_whole
+from deeprob_perception.zoo import checksum, keep
 
 FRAMES = 64  # by default; NNCF's own default is 300, which took longer and changed nothing that could be measured
 # Names of a network's parameters in our files begin so; other constants (pooling matrices, shapes) are not for quantising.
@@ -85,7 +85,7 @@ def quantize(model: Path, frames: Iterable[np.ndarray], out: Path, source: str =
     for key, value in {**dict(kept), **{PREFIX + key: value for key, value in changed.items()}}.items():
         proto.metadata_props.add(key=key, value=value)
     check(proto, model)
-    write_whole(Path(out), proto.SerializeToString())
+    keep(Path(out), proto.SerializeToString())
     return Path(out)
 
 

@@ -8,13 +8,13 @@ import hashlib
 import json
 import os
 import re
-import tempfile
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import ModelError
+from deeprob_perception.files import write_whole
 from deeprob_perception.share import PACKAGE, share_dir
 
 if TYPE_CHECKING:
@@ -166,7 +166,7 @@ def write_manifest(folder: Path) -> Path:
             "card": card.name if card.is_file() else None,
             "task": model_file.read(path).metadata["task"],
         }
-    write_whole(folder / MANIFEST, (json.dumps(rows, indent=2) + "\n").encode())
+    keep(folder / MANIFEST, (json.dumps(rows, indent=2) + "\n").encode())
     return folder / MANIFEST
 
 
@@ -254,7 +254,7 @@ def save_checkpoint(path: str | Path, state: "dict[str, Tensor]", recipe: dict[s
 
     path = Path(path)
     tensors = {name: tensor.detach().cpu().clone().contiguous() for name, tensor in state.items()}
-    write_whole(path, save(tensors, metadata={"recipe": json.dumps(recipe)}))
+    keep(path, save(tensors, metadata={"recipe": json.dumps(recipe)}))
     return path
 
 
@@ -334,14 +334,9 @@ def parse_recipe(text: str | None, path: Path) -> dict[str, Any]:
     return recipe
 
 
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path` and rename over it, so that no reader ever sees half a file."""
+def keep(path: Path, content: bytes) -> None:
+    """Write a file of the zoo, whole or not at all."""
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.NamedTemporaryFile(dir=path.parent, prefix=f".{path.name}.", delete=False) as file:
-            file.write(content)
-        temporary = Path(file.name)
-        temporary.chmod(0o644)
-        temporary.replace(path)
+        write_whole(path, content)
     except OSError as error:
         raise ModelError(f"cannot write {path}: {error.strerror}") from error

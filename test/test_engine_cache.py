@@ -13,7 +13,8 @@ import time
 
 import pytest
 
-from deeprob_perception.engines.cache import EngineCache, Key, write_whole
+from deeprob_perception.engines.cache import EngineCache, Key
+from deeprob_perception.files import write_whole
 
 pytest.importorskip("filelock", reason="needs the extra `tensorrt`")
 

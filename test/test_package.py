@@ -136,7 +136,7 @@ def test_only_nodes_import_ros() -> None:
 
 def test_imports_point_one_way() -> None:
     """Tasks know no transport, networks no task, and nothing depends on the edges: nodes and the command line."""
-    core = {"errors", "share", "timing"}
+    core = {"errors", "files", "share", "timing"}
     allowed = {
         "messages": core,
         "bags": core | {"messages", "video"},

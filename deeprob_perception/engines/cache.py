@@ -11,14 +11,13 @@ import errno
 import hashlib
 import json
 import logging
-import os
-import tempfile
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from deeprob_perception.files import write_whole
 from deeprob_perception.share import PACKAGE
 
 WAITING = 5.0  # seconds between two lines that say that another process is building
@@ -170,19 +169,3 @@ class EngineCache:
                 if facts["key"]["model_sha256"] == model_sha256 and path.with_suffix(".engine").is_file():
                     found.append({**facts, "path": str(path.with_suffix(".engine"))})
         return found
-
-
-def write_whole(path: Path, content: bytes) -> None:
-    """Write beside `path`, on to the disk, and rename over it; an OSError leaves nothing behind."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.stem}.", suffix=".partial")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)
-        raise

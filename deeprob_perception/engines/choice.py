@@ -68,7 +68,7 @@ def fastest(
             "threads": threads,
             "milliseconds": times,
         }
-        store.write_whole(path, (json.dumps(facts, indent=1) + "\n").encode())
+        store.write(path, (json.dumps(facts, indent=1) + "\n").encode())
     name = min(times, key=times.__getitem__)
     return engines[name], f"{_figures(times)}, measured now"
 

@@ -5,14 +5,13 @@ Each ends in the sha256 of what stands before it, so that a damaged one is told 
 such check reads it; a damaged one counts as absent and is made anew. The folder may be deleted at any time.
 """
 
-import contextlib
 import hashlib
 import json
 import logging
 import os
-import tempfile
 from pathlib import Path
 
+from deeprob_perception.files import write_whole
 from deeprob_perception.share import PACKAGE
 
 DIGEST = 32  # bytes of a sha256
@@ -62,20 +61,14 @@ def get(path: Path | None) -> bytes | None:
 
 def put(path: Path | None, content: bytes) -> None:
     """Keep `content`; a folder that cannot be written, or a full disk, costs only the keeping and a warning."""
-    write_whole(path, content + hashlib.sha256(content).digest())
+    write(path, content + hashlib.sha256(content).digest())
 
 
-def write_whole(path: Path | None, content: bytes) -> None:
-    """Write beside `path` and rename over it, so that no reader sees half a file; a failure is told as a warning."""
+def write(path: Path | None, content: bytes) -> None:
+    """Keep a file as it is; a failure is told as a warning."""
     if path is None:
         return
-    temporary = ""
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-        with os.fdopen(handle, "wb") as file:
-            file.write(content)
-        os.replace(temporary, path)
+        write_whole(path, content)
     except OSError as error:
         log.warning("%s cannot be kept: %s; the next start makes it anew", path, error.strerror)
-        with contextlib.suppress(OSError):
-            os.unlink(temporary)

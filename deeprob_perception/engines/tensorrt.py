@@ -9,12 +9,13 @@ from typing import Any
 import numpy as np
 
 from deeprob_perception.engines import builder, cuda, tensorrt_library
-from deeprob_perception.engines.cache import EngineCache, write_whole
+from deeprob_perception.engines.cache import EngineCache
 from deeprob_perception.engines.engine import Engine
 from deeprob_perception.engines.frame import Frame
 from deeprob_perception.engines.model_file import ModelFile, TensorSpec
 from deeprob_perception.engines.tensorrt_library import Library
 from deeprob_perception.errors import EngineError
+from deeprob_perception.files import write_whole
 
 log = logging.getLogger(__name__)
 

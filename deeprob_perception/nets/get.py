@@ -98,26 +98,6 @@ class GraphEmbodimentTransformer(nn.Module):
         :param path: link types along the shortest path, int64 `[n, n, longest_path]`, -1 after its end, for `edge`.
         :return: float `[B, n, k]` for each head of k numbers; `[B, n]` for k = 1.
         """
-        x = self.encode(tokens, distance, parent, child, padding, degree, path)
-        found = {}
-        for name, size in self.outputs.items():
-            values = self.head_modules[name](x)  # [B, n, k]
-            if padding is not None:
-                values = values.masked_fill(padding[..., None], NOT_A_JOINT)
-            found[name] = values.squeeze(-1) if size == 1 else values
-        return found
-
-    def encode(
-        self,
-        tokens: Tensor,
-        distance: Tensor | None = None,
-        parent: Tensor | None = None,
-        child: Tensor | None = None,
-        padding: Tensor | None = None,
-        degree: Tensor | None = None,
-        path: Tensor | None = None,
-    ) -> Tensor:
-        """Return what the heads read, float `[B, n, C]`; the arguments are those of `forward`."""
         x = self.token_embedding(self.input_layer_norm(tokens))
         if isinstance(self.positional_encoding, Centrality):
             assert degree is not None
@@ -127,7 +107,14 @@ class GraphEmbodimentTransformer(nn.Module):
         x = self.dropout(x)
         for layer in self.encoder.layers:  # type: ignore[union-attr]
             x = layer(x, distance, parent, child, padding, path)
-        return x  # no LayerNorm after the last layer
+        # No LayerNorm after the last layer.
+        found = {}
+        for name, size in self.outputs.items():
+            values = self.head_modules[name](x)  # [B, n, k]
+            if padding is not None:
+                values = values.masked_fill(padding[..., None], NOT_A_JOINT)
+            found[name] = values.squeeze(-1) if size == 1 else values
+        return found
 
 
 class Layer(nn.Module):

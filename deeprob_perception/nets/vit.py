@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from deeprob_perception.nets.swin import DropPath
+from deeprob_perception.nets.swin import DropPath, Mlp
 
 # name -> hyper-parameters of the papers; `vit-micro` is our own: 3.2 M parameters, heads of 48, patches of 8 for fine features.
 VARIANTS: dict[str, dict] = {
@@ -227,16 +227,6 @@ def rotate(x: Tensor, cosine: Tensor, sine: Tensor) -> Tensor:
     first, second = patches.chunk(2, -1)
     turned = patches * cosine + torch.cat((-second, first), -1) * sine
     return torch.cat((prefix, turned), 2)
-
-
-class Mlp(nn.Module):
-    def __init__(self, dim: int, hidden: int):
-        super().__init__()
-        self.fc1 = nn.Linear(dim, hidden)
-        self.fc2 = nn.Linear(hidden, dim)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.fc2(F.gelu(self.fc1(x)))
 
 
 class SwiGlu(nn.Module):
