@@ -330,6 +330,30 @@ def test_auto_takes_tensorrt_where_there_is_a_gpu_for_it(monkeypatch):
     assert engines.choose() == (["tensorrt"], "auto: there is an NVIDIA GPU, and TensorRT for it")
 
 
+def a_gpu_without_memory(monkeypatch):
+    from deeprob_perception.engines import tensorrt
+
+    def load(*_):
+        raise EngineError("CUDA: out of memory: 48 MB for the network's buffers")
+
+    monkeypatch.setattr(tensorrt, "unavailable", lambda: None)
+    monkeypatch.setattr(tensorrt, "load", load)
+
+
+def test_auto_goes_on_with_the_cpu_where_the_gpus_engine_cannot_be_loaded(tiny_model, cache, monkeypatch, caplog):
+    a_gpu_without_memory(monkeypatch)
+    with caplog.at_level(logging.WARNING, "deeprob_perception.engines"):
+        engine = engines.load(tiny_model, cache_dir=cache)
+    assert engine.backend in engines.CPU_BACKENDS
+    assert "tiny.onnx: CUDA: out of memory" in caplog.text and "going on with" in caplog.text
+
+
+def test_a_back_end_that_was_named_is_not_replaced(tiny_model, cache, monkeypatch):
+    a_gpu_without_memory(monkeypatch)
+    with pytest.raises(EngineError, match="out of memory"):
+        engines.load(tiny_model, "tensorrt", cache_dir=cache)
+
+
 def test_no_back_end_at_all_says_what_to_install(monkeypatch):
     monkeypatch.setattr(engines, "has_nvidia_gpu", lambda: False)
     monkeypatch.setattr(engines, "unavailable", lambda name: "gone")

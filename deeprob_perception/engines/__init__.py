@@ -22,6 +22,7 @@ from deeprob_perception.errors import EngineError
 __all__ = ["BACKENDS", "PRECISIONS", "Engine", "ModelFile", "TensorSpec", "choose", "load", "ready", "stand_in", "unavailable"]
 
 BACKENDS = ("tensorrt", "openvino", "onnxruntime", "torch")  # each is a module of this package
+CPU_BACKENDS = ("openvino", "onnxruntime")  # that `auto` measures, the likeliest to be fast on x86 first
 PRECISIONS = ("auto", "fp32", "bf16", "fp16", "int8")
 log = logging.getLogger(__name__)
 
@@ -54,16 +55,17 @@ def load(
     model = model_file.read(path)
     folder = None if cache_dir is None else Path(cache_dir)
     names, why = choose() if backend == "auto" else ([backend], "asked for")
-    for name in names:
-        reason = unavailable(name)
-        if reason:
-            raise EngineError(f"the back end {name} cannot be used: {reason}")
-    if len(names) == 1:
-        engine = _module(names[0]).load(model, precision, folder, threads)
-    else:
-        loaders = {name: partial(_module(name).load, model, precision, folder, threads) for name in names}
-        engine, measured = choice.fastest(model, loaders, precision, folder, threads)
-        why = f"{why}: {measured}"
+    try:
+        engine, measured = _load(names, model, precision, folder, threads)
+    except EngineError as error:
+        # A GPU that has no memory left, say, or an operator that TensorRT lacks: `auto` asked for what works.
+        others = [name for name in cpu_backends() if name not in names] if backend == "auto" else []
+        if not others:
+            raise
+        log.warning("%s: %s; going on with %s", model.path.name, error, " or ".join(others))
+        why = f"auto: {', '.join(names)} failed"
+        engine, measured = _load(others, model, precision, folder, threads)
+    why = f"{why}: {measured}" if measured else why
     log.info("%s: %s %s on %s (%s)", model.path.name, engine.backend, engine.precision, engine.device, why)
     return engine
 
@@ -80,14 +82,17 @@ def choose() -> tuple[list[str], str]:
         return ["tensorrt"], "auto: there is an NVIDIA GPU, and TensorRT for it"
     if has_nvidia_gpu() and import_module(f"{__name__}.torch").drives_gpu():
         return ["torch"], "auto: an NVIDIA GPU, and torch is what can use it"
-    x86 = platform.machine().lower() in ("x86_64", "amd64")
-    order = ("openvino", "onnxruntime") if x86 else ("onnxruntime", "openvino")
-    reasons = {name: unavailable(name) for name in order}
-    usable = [name for name in order if reasons[name] is None]
+    usable = cpu_backends()
     if not usable:
         raise EngineError("no back end can run models here; `pip install onnxruntime` gives one")
-    missing = [f"{name} cannot be used: {reason}" for name, reason in reasons.items() if reason]
+    missing = [f"{name} cannot be used: {unavailable(name)}" for name in CPU_BACKENDS if name not in usable]
     return usable, "; ".join(["auto", *missing])
+
+
+def cpu_backends() -> list[str]:
+    """Return the CPU back ends that can be used, the likeliest to be fast first."""
+    x86 = platform.machine().lower() in ("x86_64", "amd64")
+    return [name for name in (CPU_BACKENDS if x86 else CPU_BACKENDS[::-1]) if unavailable(name) is None]
 
 
 def ready(path: str | Path, backend: str = "auto", precision: str = "auto", cache_dir: str | Path | None = None) -> bool:
@@ -114,6 +119,20 @@ def stand_in(path: str | Path, backend: str, cache_dir: str | Path | None = None
 def unavailable(backend: str) -> str | None:
     """Return why a back end cannot be used on this machine, in one line; None when it can."""
     return _module(backend).unavailable()
+
+
+def _load(
+    names: list[str], model: ModelFile, precision: str, cache_dir: Path | None, threads: int
+) -> tuple[Engine, str]:
+    """Load by the one back end named, or by the fastest of several; return what was measured, too."""
+    for name in names:
+        reason = unavailable(name)
+        if reason:
+            raise EngineError(f"the back end {name} cannot be used: {reason}")
+    if len(names) == 1:
+        return _module(names[0]).load(model, precision, cache_dir, threads), ""
+    loaders = {name: partial(_module(name).load, model, precision, cache_dir, threads) for name in names}
+    return choice.fastest(model, loaders, precision, cache_dir, threads)
 
 
 def _module(backend: str) -> ModuleType:
