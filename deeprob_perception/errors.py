@@ -28,3 +28,7 @@ class EngineError(PerceptionError):
 
 class DataError(PerceptionError):
     """A data set folder that is missing, incomplete or inconsistent."""
+
+
+class RobotError(PerceptionError):
+    """A robot description that is no tree of joints, is hostile, or lacks what is asked of it."""
