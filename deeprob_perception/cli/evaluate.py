@@ -61,3 +61,37 @@ def segmentation(
         }  # fmt: skip
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@eval_app.command(name="get-fk")
+def get_fk(
+    robots: Annotated[Path, typer.Option(help="Folder with the hands, NAME.urdf.")],
+    models: Annotated[Path, typer.Option(help="Folder of `deeprob train get-fk`.")] = Path("runs/get_fk"),
+    hands: Annotated[str, typer.Option(help="Hands to score on (comma-separated); default: the 10 validation hands.")] = "",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the errors to this file.")] = None,
+) -> None:
+    """Report by how many mm GET and its baselines miss the joints of hands that they were not trained on."""
+    from rich.console import Console
+    from rich.table import Table
+
+    from deeprob_perception.errors import DataError
+    from deeprob_perception.training.get_fk import TRAIN, VALIDATION, VARIANTS, load, load_hands
+    from deeprob_perception.training.get_fk import evaluate as errors_of
+
+    names = hands.split(",") if hands else VALIDATION
+    if seen := sorted(set(names) & set(TRAIN)):
+        raise DataError(f"the hands {', '.join(seen)} were trained on; score on others")
+    chosen = load_hands(robots, names)
+    there = [variant for variant in VARIANTS if (models / f"{variant}.safetensors").is_file()]
+    report = {variant: errors_of(load(models, variant), chosen) for variant in there}
+    if not report:
+        raise DataError(f"{models} holds no weights; `deeprob train get-fk --robots {robots} --out {models}` makes them")
+    table = Table("hand", *report, title="mean error of joint positions, mm")
+    for name in names:
+        table.add_row(name, *(f"{scores['robots'][name]:.3f}" for scores in report.values()))
+    table.add_section()
+    table.add_row("mean", *(f"{scores['mean_mm']:.3f}" for scores in report.values()))
+    Console().print(table)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -76,3 +76,28 @@ def segmentation(
     if scores:
         show({name: None if v is None else round(v, 4) for name, v in scores["iou"].items()})
         show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")
+
+
+@train_app.command(name="get-fk")
+def get_fk(
+    robots: Annotated[Path, typer.Option(help="Folder with the hands of GET-Zero's splits, NAME.urdf.")],
+    out: Annotated[Path, typer.Option(help="Folder for weights and logs.")] = Path("runs/get_fk"),
+    variant: Annotated[list[str] | None, typer.Option(help="get, et or et_dfs; may be given again. Default: all.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 12000,
+    batch_size: Annotated[int, typer.Option(min=8)] = 256,
+    width: Annotated[int, typer.Option(min=8)] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+) -> None:
+    """Train GET and its baselines to know where a hand's joints are (self-modelling alone, GET-Zero's table 3)."""
+    from deeprob_perception.training.get_fk import VARIANTS, Settings, train
+
+    chosen = variant or list(VARIANTS)
+    if unknown := [name for name in chosen if name not in VARIANTS]:
+        raise DataError(f"--variant {unknown[0]}: want one of {', '.join(VARIANTS)}")
+    settings = Settings(width=width, layers=layers, feedforward=2 * width, steps=steps, batch_size=batch_size,
+                        learning_rate=learning_rate, threads=threads, seed=seed)  # fmt: skip
+    for name in chosen:
+        show(f"{name}: {train(name, robots, out, settings)['mean_mm']:.3f} mm on the validation hands")

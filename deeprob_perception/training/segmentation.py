@@ -7,7 +7,6 @@ what is evaluated and saved. One process, or several under `torchrun` (torch's D
 
 import csv
 import json
-import math
 import os
 import time
 from contextlib import nullcontext
@@ -29,6 +28,7 @@ from deeprob_perception.segmentation.classes import ClassSet
 from deeprob_perception.segmentation.dataset import VOID, Sample, read_image, read_label
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.training.data import Augmentation, CropDataset
+from deeprob_perception.training.schedule import warmup_cosine
 
 
 @dataclass
@@ -241,14 +241,6 @@ def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]
         no_decay = parameter.ndim <= 1 or "relative_position_bias_table" in name
         (plain if no_decay else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
-
-
-def warmup_cosine(step: int, steps: int, warmup: int) -> float:
-    """Return the factor on the learning rate: a linear rise, then half a cosine down to zero."""
-    warmup = min(warmup, steps // 10)
-    if step < warmup:
-        return (step + 1) / warmup
-    return 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
 
 
 def autocast_for(precision: str, device: torch.device) -> Any:
