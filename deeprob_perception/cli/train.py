@@ -78,6 +78,48 @@ def segmentation(
         show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")
 
 
+@train_app.command()
+def dino(
+    data: Annotated[list[Path], typer.Option(help="Folder of images, video file or bag; may be given again.")],
+    out: Annotated[Path, typer.Option(help="Folder for checkpoints and logs.")],
+    fps: Annotated[float, typer.Option(min=0.01, help="Frames a second to take of videos and bags.")] = 5.0,
+    backbone: Annotated[str, typer.Option(help="A ViT's name.")] = "vit-micro",
+    epochs: Annotated[int, typer.Option(min=1)] = 100,
+    batch_size: Annotated[int, typer.Option(min=2)] = 32,
+    learning_rate: Annotated[float, typer.Option(min=0.0, help="For a batch of 256; scaled to the batch.")] = 1e-3,
+    global_size: Annotated[int, typer.Option(min=16, help="Side of the two global crops, pixels.")] = 112,
+    local_size: Annotated[int, typer.Option(min=8, help="Side of the local crops, pixels.")] = 48,
+    local_crops: Annotated[int, typer.Option(min=0)] = 6,
+    outputs: Annotated[int, typer.Option(min=2, help="Of the projection head.")] = 4096,
+    momentum: Annotated[float, typer.Option(min=0.0, max=1.0, help="Of the teacher, at the start.")] = 0.99,
+    temperature: Annotated[float, typer.Option(min=0.001, help="Of the teacher after 30 epochs; 0.04 before.")] = 0.04,
+    dense: Annotated[float, typer.Option(min=0.0, help="Weight of the loss on patches; 0: DINO as published.")] = 0.0,
+    precision: Annotated[str, typer.Option(help="auto (bf16 where it is native), fp32 or bf16.")] = "auto",
+    workers: Annotated[int, typer.Option(min=0, help="Processes that read and augment.")] = 1,
+    threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
+) -> None:
+    """Learn features from pictures without labels (DINO), as from a robot's own bags."""
+    from deeprob_perception.training.crops import MultiCrop, read_frames
+    from deeprob_perception.training.dino import Settings, collapse, train
+
+    if precision not in ("auto", "fp32", "bf16"):
+        raise DataError(f"--precision {precision}: want auto, fp32 or bf16")
+    frames = read_frames(data, fps)
+    show(f"{len(frames)} frames")
+    settings = Settings(
+        backbone=backbone, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate, outputs=outputs,
+        teacher_momentum=momentum, teacher_temperature=(0.04, temperature), dense_weight=dense, precision=precision,
+        workers=workers, threads=threads, seed=seed,
+        crops=MultiCrop(global_size=global_size, local_size=local_size, local_count=local_crops),
+    )  # fmt: skip
+    report = train(frames, out, settings, resume)
+    if report:
+        told = f"{report['information']:.2f} nats of a picture in the teacher's answer; {out}/model.safetensors"
+        show(collapse(report, outputs) or told)
+
+
 @train_app.command(name="get-fk")
 def get_fk(
     robots: Annotated[Path, typer.Option(help="Folder with the hands of GET-Zero's splits, NAME.urdf.")],
