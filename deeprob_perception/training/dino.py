@@ -41,7 +41,6 @@ from deeprob_perception.training.segmentation import (
     start_distributed,
 )
 
-
 # The columns of `log.csv`.
 LOG = (
     "step", "epoch", "loss", "dense_loss", "entropy_of_mean", "kl_to_uniform", "information", "learning_rate", "images_per_s"
@@ -211,7 +210,7 @@ def dense_loss(student: Tensor, teacher: Tensor, places: Tensor, temperature: fl
 
 
 def matches(own: Tensor, other: Tensor, height: int, width: int) -> tuple[Tensor, Tensor, Tensor]:
-    """Return, for every patch of a crop, row and column `[B, H, W]` of the nearest one of the other crop, and whether it has it.
+    """Return, for every patch of a crop, row and column `[B, H, W]` of the nearest one of the other crop, and if it has it.
 
     :param own, other: places of the crops in the frame, `[B, 5]` each.
     """
