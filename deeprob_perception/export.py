@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Network -> one self-describing `.onnx`: 8-bit image in, 8-bit labels out, everything between them in the graph.
+"""Network -> one self-describing `.onnx`: 8-bit image in, 8-bit labels or features out, everything between in the graph.
 
 Weights are stored as float16 with a Cast to float32 behind each (half the file; back ends fold the casts while they
 load), under the names of the torch parameters and unfused, so that `zoo` can read them back for fine-tuning. Folding batch
@@ -25,7 +25,8 @@ from torch import Tensor, nn
 from deeprob_perception.engines.model_file import CONTRACT, PREFIX
 from deeprob_perception.errors import ModelError
 from deeprob_perception.files import write_whole
-from deeprob_perception.nets.label_graph import SegmentationGraph
+from deeprob_perception.nets.features import FeatureNet
+from deeprob_perception.nets.image_graph import FeatureGraph, ImageGraph, SegmentationGraph
 
 # LayerNormalization came with 17, TensorRT 10 parses up to 22; 18 is the oldest that the dynamo exporter writes itself.
 OPSET = 18
@@ -53,24 +54,40 @@ def export_segmentation(
         raise ModelError(f"the recipe has {len(classes)} classes but {len(palette)} palette colours; give one for each")
     if height < 32 or width < 32:
         raise ModelError(f"cannot export {height}x{width}: the backbone's stride is 32, so that is the least for each side")
-    state = net.state_dict()
-    graph = SegmentationGraph(net, recipe).cpu().eval()
-    model = trace(graph, torch.zeros(1, height, width, 3, dtype=torch.uint8), ["labels", "confidence"])
+    about = {"task": "segmentation", "classes": json.dumps(classes), "palette": json.dumps(palette), **extra_metadata}
+    return write_model(SegmentationGraph(net, recipe), ["labels", "confidence"], recipe, path, height, width, about)
+
+
+def export_features(
+    net: FeatureNet, recipe: dict[str, Any], path: Path, height: int, width: int, extra_metadata: dict[str, str]
+) -> Path:
+    """Write a ViT as an ONNX file that every engine reads; parameters as those of `export_segmentation`.
+
+    The positions are interpolated to the size here, exactly as torch does it, in `net` too.
+    :raises ModelError: for a size that is no multiple of the patch's, or a folder that cannot be written.
+    """
+    patch = net.backbone.patch_size
+    if height % patch or width % patch or height < patch or width < patch:
+        near = f"{max(1, round(height / patch)) * patch}x{max(1, round(width / patch)) * patch}"
+        raise ModelError(f"cannot export {height}x{width}: {recipe['backbone']} cuts patches of {patch} pixels; take {near}")
+    net.backbone.fix_size(height, width)
+    if net.backbone.pos_embed is not None:
+        recipe = {**recipe, "image_size": [height, width]}  # what the positions in the file are for now
+    about = {"task": "features", "patch_size": str(patch), **extra_metadata}
+    return write_model(FeatureGraph(net, recipe), ["features"], recipe, Path(path), height, width, about)
+
+
+def write_model(
+    graph: ImageGraph, outputs: list[str], recipe: dict[str, Any], path: Path, height: int, width: int, about: dict[str, str]
+) -> Path:
+    """Trace a graph, store its weights under torch's names, and write both with the metadata."""
+    state = graph.net.state_dict()
+    model = trace(graph.cpu().eval(), torch.zeros(1, height, width, 3, dtype=torch.uint8), outputs)
     fold_shapes(model, {f"net.{name}" for name in state})
     proto = ir.to_proto(model)
     store_weights(proto, state, prefix="net.")
-    metadata = {
-        "contract": CONTRACT,
-        "task": "segmentation",
-        "name": path.stem,
-        "classes": json.dumps(classes),
-        "palette": json.dumps(palette),
-        "licence": "unknown",
-        "training_data": "unknown",
-        "metrics": "{}",
-        "recipe": json.dumps(recipe),
-        **extra_metadata,
-    }
+    unknown = {"name": path.stem, "licence": "unknown", "training_data": "unknown", "metrics": "{}"}
+    metadata = {"contract": CONTRACT, **unknown, "recipe": json.dumps(recipe), **about}
     for key, value in metadata.items():
         proto.metadata_props.add(key=PREFIX + key, value=value)
     onnx.checker.check_model(proto, full_check=True)

@@ -13,15 +13,15 @@ import torch
 from torch import nn
 
 from deeprob_perception import zoo
+from deeprob_perception.checkpoints import build
 from deeprob_perception.errors import EngineError
-from deeprob_perception.nets.label_graph import LogitsGraph
-from deeprob_perception.nets.segmenter import build
+from deeprob_perception.nets.image_graph import ImageGraph
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
 def make(model: Path, shape: tuple[int, ...], precision: str, device: str) -> bytes:
-    """Return the program `image` uint8 `shape` BGR -> logits `[1, K, H, W]`, as bytes of a `.pt2` file.
+    """Return the program `image` uint8 `shape` BGR -> what its network says (`nets.image_graph`), as bytes of a `.pt2` file.
 
     :param precision: of the weights and of all between them: a name in `DTYPES`.
     :param device: where it shall run, such as `cpu` or `cuda`; the trace is bound to it.
@@ -30,7 +30,7 @@ def make(model: Path, shape: tuple[int, ...], precision: str, device: str) -> by
     recipe, state = zoo.load_checkpoint(model)
     net = build(recipe)
     net.load_state_dict(state)
-    graph = LogitsGraph(net.to(DTYPES[precision]), recipe).eval().to(device)
+    graph = ImageGraph(net.to(DTYPES[precision]), recipe).eval().to(device)
     with torch.no_grad():
         program = torch.export.export(graph, (torch.zeros(shape, dtype=torch.uint8, device=device),))
     content = io.BytesIO()

@@ -30,7 +30,7 @@ def read_samples(model: ModelFile, source: Path | None = None, count: int = 8) -
     :param count: how many at most.
     :raises DataError, BagError: when there are no frames in it.
     """
-    classes = json.loads(model.metadata["classes"])
+    classes = json.loads(model.metadata.get("classes", "[]"))  # none of a model of features
     if source is None:
         fitting = classes == CLASS_SETS["tabletop"].names
         frames, origin = list(of_bag(share_dir() / "bags" / "sample.mcap", count, fitting)), "the sample bag"

@@ -192,8 +192,11 @@ def fetch(source: str, name: str | None = None, size: tuple[int, int] | None = (
     recipe["licence"] = card_licence(folder / "README.md")
     weights = cache_dir() / f"{name}.safetensors"
     save_checkpoint(weights, state, recipe)
-    if recipe["task"] != "segmentation" or size is None:
+    if recipe["task"] == "backbone" or size is None:
         return weights, None
+    if recipe["task"] == "features":  # whole patches
+        patch = state["backbone.patch_embed.proj.weight"].shape[-1]
+        size = (max(1, round(size[0] / patch)) * patch, max(1, round(size[1] / patch)) * patch)
     model = export(recipe, state, cache_dir() / f"{name}.onnx", *size)
     write_manifest(cache_dir())
     return weights, model
@@ -232,17 +235,25 @@ def card_licence(card: Path) -> str:
     return "unknown"
 
 
-def export(recipe: dict[str, Any], state: "dict[str, Tensor]", path: Path, height: int, width: int) -> Path:
-    """Build the network of a recipe, load its weights and write it as an `.onnx`."""
-    from deeprob_perception.export import export_segmentation
-    from deeprob_perception.nets.segmenter import build
+def export(
+    recipe: dict[str, Any], state: "dict[str, Tensor]", path: Path, height: int, width: int, about: dict[str, str] | None = None
+) -> Path:
+    """Build the network of a recipe, load its weights and write it as an `.onnx`.
 
-    if recipe.get("task") != "segmentation":
-        raise ModelError(f"{path.stem} is a {recipe.get('task')} without masks to export; train a head on it first")
+    :param about: metadata such as `name` and `licence`; default: the file's stem, and the recipe's licence.
+    :raises ModelError: for a recipe that has nothing to export, or a size that does not fit it.
+    """
+    from deeprob_perception.checkpoints import build
+    from deeprob_perception.export import export_features, export_segmentation
+
+    writers = {"segmentation": export_segmentation, "features": export_features}
+    task = recipe.get("task")
+    if task not in writers:
+        raise ModelError(f"{path.stem} is a {task} without masks to export; train a head on it first")
     net = build(recipe)
     net.load_state_dict(state)
-    about = {"name": path.stem, "licence": recipe.get("licence", "unknown")}
-    return export_segmentation(net.eval(), recipe, path, height, width, about)
+    said = {"name": path.stem, "licence": recipe.get("licence", "unknown"), **(about or {})}
+    return writers[task](net.eval(), recipe, path, height, width, said)
 
 
 def save_checkpoint(path: str | Path, state: "dict[str, Tensor]", recipe: dict[str, Any]) -> Path:

@@ -318,7 +318,7 @@ class TestOnAGpu:
 
         samples = parity.synthetic((1, *SIZE, 3), 6)
         reference = parity.onnx_session(model_file.parse(tiny_model), "the model")
-        found = parity.measure([reference(i) for i in samples.images], gpu_engine.both, samples, gpu_engine.device)
+        found = parity.measure([reference(i) for i in samples.images], gpu_engine.all_of, samples, gpu_engine.device)
         print(gpu_engine, found.line())
         assert found.shortfall(gpu_engine.precision) is None
 

@@ -10,14 +10,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from deeprob_perception.checkpoints import swin, vit
 from deeprob_perception.checkpoints.files import WEIGHT_FILES, State, read_json, read_tensors
 from deeprob_perception.errors import ModelError
 from deeprob_perception.nets import features, segmenter
 
-__all__ = ["check_state", "convert"]
+__all__ = ["build", "check_state", "convert"]
 
 
 def convert(source: Path) -> tuple[dict[str, Any], State]:
@@ -53,19 +53,22 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
     return recipe, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
 
 
+def build(recipe: dict[str, Any]) -> nn.Module:
+    """Build the network of a recipe of any task that has an image, with random weights."""
+    return features.build(recipe) if recipe.get("task") == "features" else segmenter.build(recipe)
+
+
 def check_state(recipe: dict[str, Any], state: Mapping[str, Tensor], source: str) -> None:
     """Compare the tensors with the network that the recipe describes, before anything is loaded.
 
     :raises ModelError: listing the first few missing, unexpected and mis-shaped names.
     """
     with torch.device("meta"):  # shapes only, no memory
-        if recipe.get("task") == "features":
-            expected = features.build(recipe).state_dict()
-        elif recipe.get("task") == "backbone":
+        if recipe.get("task") == "backbone":
             net = segmenter.build({**recipe, "head": "fpn", "classes": ["any"]})
             expected = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
         else:
-            expected = segmenter.build(recipe).state_dict()
+            expected = build(recipe).state_dict()
     wrong = {
         "missing": [name for name in expected if name not in state],
         "unexpected": [name for name in state if name not in expected],

@@ -37,17 +37,12 @@ def export(
     from deeprob_perception import zoo
 
     try:
-        from deeprob_perception.export import export_segmentation
-        from deeprob_perception.nets.segmenter import build
+        recipe, state = zoo.load_checkpoint(checkpoint)
+        path = zoo.export(recipe, state, out, int(match[1]), int(match[2]), about)
     except ImportError as error:
         raise ModelError(f"export needs torch and onnxscript ({error}): pip install 'deeprob_perception[train]'") from error
-    recipe, state = zoo.load_checkpoint(checkpoint)
-    if recipe.get("task") != "segmentation":
-        raise ModelError(f"{checkpoint} is a {recipe.get('task')}, without masks to export; train a head on it first")
-    net = build(recipe)
-    net.load_state_dict(state)
-    path = export_segmentation(net, recipe, out, int(match[1]), int(match[2]), about)
-    show(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {size}, {len(recipe['classes'])} classes")
+    kind = f"{len(recipe['classes'])} classes" if "classes" in recipe else recipe["backbone"]
+    show(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {size}, {kind}")
 
 
 def read_metrics(path: Path) -> str:

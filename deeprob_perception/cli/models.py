@@ -145,6 +145,8 @@ def is_ours(path: Path) -> bool:
 def recipe_line(recipe: dict) -> str:
     head = f" + {recipe['head']}, {len(recipe['classes'])} classes" if recipe.get("head") else ", backbone only"
     window = f", window {recipe['window_size']}" if recipe.get("window_size") else ""
+    if recipe.get("task") == "features":
+        head = ", features"
     return f"{recipe['backbone']}{window}{head}"
 
 

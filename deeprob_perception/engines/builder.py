@@ -213,7 +213,7 @@ class _Build:
 
         engine = tensorrt.TensorRtEngine(self.model, precision, precision, self.target.library, plan)
         try:
-            return self.compare(engine.both, f"TensorRT on {engine.device}")
+            return self.compare(engine.all_of, f"TensorRT on {engine.device}")
         finally:
             engine.close()
 

@@ -4,7 +4,7 @@
 import hashlib
 import json
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,8 @@ from deeprob_perception.errors import ModelError
 
 CONTRACT = "1"
 PREFIX = "deeprob."
-REQUIRED = {"segmentation": ("name", "classes", "palette")}  # task -> metadata that it cannot do without
+# task -> metadata that it cannot do without
+REQUIRED = {"segmentation": ("name", "classes", "palette"), "features": ("name", "patch_size")}
 
 
 @dataclass(frozen=True)
@@ -79,7 +80,7 @@ def read(path: str | Path) -> ModelFile:
     for key in REQUIRED[task]:
         if key not in metadata:
             raise ModelError(f"{path} lacks the metadata {PREFIX}{key}; export it again")
-    check_segmentation(model)
+    CHECKS[task](model)
     return model
 
 
@@ -120,18 +121,27 @@ def spec(value: Any) -> TensorSpec:
     return TensorSpec(value.name, shape, onnx.helper.tensor_dtype_to_np_dtype(tensor.elem_type))
 
 
+def breach(model: ModelFile, what: str) -> ModelError:
+    """Return the error that says what of its task's contract a file breaks."""
+    return ModelError(f"{model.path} breaks the contract for {model.metadata['task']} models: {what}; export it again")
+
+
+def check_image(model: ModelFile) -> tuple[int, ...]:
+    """Return the shape `[1, H, W, 3]` of the only input; raise ModelError unless it is an 8-bit image."""
+    inputs = {s.name: s for s in model.inputs}
+    if list(inputs) != ["image"]:
+        raise breach(model, f"its inputs are {list(inputs)}, not ['image']")
+    shape = inputs["image"].shape
+    if inputs["image"].dtype != np.uint8 or len(shape) != 4 or shape[0] != 1 or shape[3] != 3:
+        raise breach(model, f"its input is {inputs['image']}, not uint8 [1, H, W, 3]")
+    return shape
+
+
 def check_segmentation(model: ModelFile) -> None:
     """Raise ModelError unless image, labels, confidence, classes and palette are what design contract 1 says."""
 
-    def wrong(what: str) -> ModelError:
-        return ModelError(f"{model.path} breaks the contract for segmentation models: {what}; export it again")
-
-    inputs = {s.name: s for s in model.inputs}
-    if list(inputs) != ["image"]:
-        raise wrong(f"its inputs are {list(inputs)}, not ['image']")
-    shape = inputs["image"].shape
-    if inputs["image"].dtype != np.uint8 or len(shape) != 4 or shape[0] != 1 or shape[3] != 3:
-        raise wrong(f"its input is {inputs['image']}, not uint8 [1, H, W, 3]")
+    wrong = partial(breach, model)
+    shape = check_image(model)
     outputs = {s.name: s for s in model.outputs}
     for name in ("labels", "confidence"):
         if name not in outputs:
@@ -147,3 +157,20 @@ def check_segmentation(model: ModelFile) -> None:
         raise wrong("classes is no list of names")
     if palette.shape != (len(classes), 3) or palette.dtype.kind != "i" or palette.min() < 0 or palette.max() > 255:
         raise wrong(f"palette is not {len(classes)} colours [r, g, b] of 0..255")
+
+
+def check_features(model: ModelFile) -> None:
+    """Raise ModelError unless the features are float32 `[1, H / patch, W / patch, C]` and their only output."""
+    _, height, width, _ = check_image(model)
+    outputs = {s.name: s for s in model.outputs}
+    if list(outputs) != ["features"]:
+        raise breach(model, f"its outputs are {list(outputs)}, not ['features']")
+    patch = model.metadata["patch_size"]
+    if not patch.isascii() or not patch.isdigit() or not int(patch):
+        raise breach(model, f"its patch_size is {patch!r}, not a number of pixels")
+    found, side = outputs["features"], int(patch)
+    if found.dtype != np.float32 or len(found.shape) != 4 or found.shape[:3] != (1, height // side, width // side):
+        raise breach(model, f"its output is {found}, not float32 [1, {height // side}, {width // side}, C]")
+
+
+CHECKS = {"segmentation": check_segmentation, "features": check_features}

@@ -10,12 +10,15 @@ import numpy as np
 
 from deeprob_perception.errors import EngineError
 
-# image uint8 [1, H, W, 3] -> labels, confidence: uint8 [1, H, W]
-Run = Callable[[np.ndarray], tuple[np.ndarray, np.ndarray]]
+# image uint8 [1, H, W, 3] -> labels, confidence: uint8 [1, H, W], or features: float32 [1, h, w, C]
+Answer = tuple[np.ndarray, ...]
+Run = Callable[[np.ndarray], Answer]
 
 # Share of labels that must equal fp32's. bf16's 8 bits of mantissa move more of the borders between classes than fp16's 11
 # (99.5 and 99.98 % on the shipped models); int8 is allowed what quantisation commonly costs there.
 AGREEMENT = {"fp32": 0.999, "fp16": 0.99, "bf16": 0.98, "int8": 0.95}
+# Mean cosine of features with fp32's.
+LIKENESS = {"fp32": 0.9999, "fp16": 0.999, "bf16": 0.98, "int8": 0.95}
 MIOU_LOSS = 0.01  # of mean IoU, where there is ground truth: one point
 log = logging.getLogger(__name__)
 
@@ -36,8 +39,10 @@ class Samples:
 class Parity:
     """What was measured.
 
-    - `agreement`: share of equal labels; `max_error`, `mean_error`: of confidence, 1.0 = certain
-    - `nans`: pixels without a number: a confidence of 0, which soft-max over at most 255 classes cannot give
+    - `of`: `labels` or `features`
+    - `agreement`: share of equal labels; of features the mean cosine
+    - `max_error`, `mean_error`: of confidence, 1.0 = certain; of features 1 - cosine
+    - `nans`: pixels without a number: a confidence of 0, which soft-max over at most 255 classes cannot give; or patches
     - `miou`, `reference_miou`: against ground truth; None where there is none
     - `measured_by`: what ran in the engine's stead or the engine itself; `frames`, `origin`
     - `reference`: what it was compared with: fp32, or a lowered or quantised file's own graph by ONNX Runtime
@@ -53,12 +58,17 @@ class Parity:
     origin: str
     measured_by: str
     reference: str = "fp32"
+    of: str = "labels"
 
     def shortfall(self, precision: str) -> str | None:
         """Return why an engine that answers so is not to be trusted; None when it is."""
         if self.nans:
-            return f"{self.nans} pixels of {self.frames} frames are no numbers (overflow)"
-        if self.agreement < AGREEMENT[precision]:
+            places = "patches" if self.of == "features" else "pixels"
+            return f"{self.nans} {places} of {self.frames} frames are no numbers (overflow)"
+        if self.of == "features" and self.agreement < LIKENESS[precision]:
+            least = f"{LIKENESS[precision]} is asked for"
+            return f"the mean cosine of its features with those of {self.reference} is {self.agreement:.5f}; {least}"
+        if self.of == "labels" and self.agreement < AGREEMENT[precision]:
             least = f"{AGREEMENT[precision]:.1%} are asked for"
             return f"only {self.agreement:.2%} of the labels are those of {self.reference}; {least}"
         if self.miou is not None and self.reference_miou is not None and self.reference_miou - self.miou > MIOU_LOSS:
@@ -68,6 +78,9 @@ class Parity:
 
     def line(self) -> str:
         """Return the figures for people."""
+        if self.of == "features":
+            text = f"mean cosine of features {self.agreement:.5f} with {self.reference}, at least {1 - self.max_error:.4f}, "
+            return f"{text}{self.nans} NaN; {self.frames} frames of {self.origin}, measured by {self.measured_by}"
         text = (
             f"{self.agreement:.3%} of labels as in {self.reference}, confidence off by {self.mean_error:.4f} on average and "
             f"{self.max_error:.3f} at most, {self.nans} NaN"
@@ -81,14 +94,17 @@ class Parity:
 
 
 def measure(
-    expected: Sequence[tuple[np.ndarray, np.ndarray]], run: Run, samples: Samples, measured_by: str, held: str = "fp32"
+    expected: Sequence[Answer], run: Run, samples: Samples, measured_by: str, held: str = "fp32"
 ) -> Parity:
-    """Compare what `run` answers on the samples with `expected`, the reference's `(labels, confidence)` for each.
+    """Compare what `run` answers on the samples with `expected`, the reference's answer to each.
 
     :param held: what the reference's file is in.
     """
     if not samples.images:
         raise EngineError(f"there are no frames to compare on in {samples.origin}")
+    reference = "fp32" if held == "fp32" else f"the {held} file by ONNX Runtime"
+    if len(expected[0]) == 1:
+        return measure_features(expected, run, samples, measured_by, reference)
     equal, largest, total, nans = [], 0.0, [], 0
     ours, theirs = _Iou(), _Iou()
     for i, (image, (labels, confidence)) in enumerate(zip(samples.images, expected, strict=True)):
@@ -111,8 +127,28 @@ def measure(
         frames=len(samples.images),
         origin=samples.origin,
         measured_by=measured_by,
-        reference="fp32" if held == "fp32" else f"the {held} file by ONNX Runtime",
+        reference=reference,
     )
+
+
+def measure_features(
+    expected: Sequence[Answer], run: Run, samples: Samples, measured_by: str, reference: str
+) -> Parity:
+    """Compare features of unit length by their cosine."""
+    errors, nans = [], 0
+    for image, (features,) in zip(samples.images, expected, strict=True):
+        (got,) = run(image)
+        cosine = (got * features).sum(-1)
+        # A patch without a number, or of all zeros (normalised overflow), has no direction.
+        broken = ~np.isfinite(cosine) | (np.abs(got).sum(-1) == 0)
+        nans += int(broken.sum())
+        errors.append(1 - np.where(broken, 0.0, cosine))
+    error = np.stack(errors)
+    return Parity(
+        agreement=float(1 - error.mean()), max_error=float(error.max()), mean_error=float(error.mean()), nans=nans, miou=None,
+        reference_miou=None, frames=len(samples.images), origin=samples.origin, measured_by=measured_by, reference=reference,
+        of="features",
+    )  # fmt: skip
 
 
 class _Iou:
@@ -149,9 +185,8 @@ def onnx_session(proto: Any, what: str, threads: int = 0) -> Run:
     except Exception as error:  # its exceptions have no public base class
         raise EngineError(f"ONNX Runtime refuses {what}: {str(error).strip().splitlines()[0]}") from error
 
-    def run(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        labels, confidence = session.run(["labels", "confidence"], {"image": image})
-        return labels, confidence
+    def run(image: np.ndarray) -> Answer:
+        return tuple(session.run(None, {"image": image}))
 
     return run
 

@@ -153,10 +153,10 @@ class TensorRtEngine(Engine):
         except OSError as error:
             log.warning("%s: cannot be kept (%s); each start compiles its kernels", self._kernels_file, error.strerror)
 
-    def both(self, image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return labels and confidence of an image uint8 `[1, H, W, 3]`."""
-        found = self(image=image, outputs=("labels", "confidence"))
-        return found["labels"], found["confidence"]
+    def all_of(self, image: np.ndarray) -> tuple[np.ndarray, ...]:
+        """Return all outputs, in the model's order, of an image uint8 `[1, H, W, 3]`."""
+        found = self(image=image)
+        return tuple(found[spec.name] for spec in self.outputs)
 
     def close(self) -> None:
         """Give back the GPU's memory now, and not when the last reference goes."""

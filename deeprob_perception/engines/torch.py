@@ -47,7 +47,7 @@ def load(model: ModelFile, precision: str, cache_dir: Path | None, threads: int)
 
 
 class TorchEngine(Engine):
-    """The network as an exported program; labels and confidence of its logits, each when asked for."""
+    """The network as an exported program; of what it says, the outputs that are asked for."""
 
     backend = "torch"
 
@@ -101,11 +101,10 @@ class TorchEngine(Engine):
         return program.read(content)
 
     def _forward(self, image: Any, outputs: tuple[str, ...]) -> list[Any]:
-        from deeprob_perception.nets.label_graph import confidence_of, labels_of
+        from deeprob_perception.nets.image_graph import OUTPUTS
 
-        heads = {"labels": labels_of, "confidence": confidence_of}
-        logits = self._program(image).float()
-        return [heads[name](logits) for name in outputs]
+        said = self._program(image).float()
+        return [OUTPUTS[name](said) for name in outputs]
 
     def _plain(self, outputs: tuple[str, ...]) -> Callable[[np.ndarray], list[np.ndarray]]:
         """Return a function that runs the operators one by one."""
@@ -127,7 +126,9 @@ class TorchEngine(Engine):
             plain(np.zeros(shape, np.uint8))
         # Page-locked, so that copies are asynchronous; all memory is allocated here, once.
         host = torch.zeros(shape, dtype=torch.uint8).pin_memory()
-        results = [torch.zeros(shape[:3], dtype=torch.uint8).pin_memory() for _ in outputs]
+        results = [
+            torch.from_numpy(np.zeros(spec.shape, spec.dtype)).pin_memory() for spec in self.outputs if spec.name in outputs
+        ]
         image = torch.zeros(shape, dtype=torch.uint8, device="cuda")
         graph, stream = torch.cuda.CUDAGraph(), torch.cuda.Stream()
         try:

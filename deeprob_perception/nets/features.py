@@ -24,7 +24,7 @@ def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> FeatureNet:
     """Build the network that a recipe describes, with random weights.
 
     :param recipe: `backbone` (a name in `vit.VARIANTS`) and, where they differ from the variant's, `image_size` (of the
-        position embedding) and `norm_eps`.
+        position embedding, a side or height and width) and `norm_eps`.
     :raises ModelError: for an unknown name, listing those that there are.
     """
     name = recipe["backbone"]

@@ -10,6 +10,7 @@ P = H * W, T = prefix + P tokens, where the prefix is the class token and the re
 """
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
@@ -44,15 +45,14 @@ for _size, _shape in _SIZES.items():
 class VisionTransformer(nn.Module):
     """The backbone: images of any size that the patch divides.
 
-    :param image_size: side of the images that the position embedding was trained at, pixels; other sizes are interpolated.
+    :param image_size: of the images that the position embedding is for, pixels: a side, or height and width; other sizes are
+        interpolated.
     :param registers: tokens beside the class token that belong to no place.
     :param layer_scale: a learned factor for each channel of both residual branches (Touvron et al., 2021).
     :param swiglu: a gated MLP in place of the plain one (Shazeer, 2020), as in the giant DINOv2.
     :param rope: rotary positions (Su et al., 2021; axial, as DINOv3 has them) in place of the learned embedding.
     :param antialias: how the embedding is interpolated to smaller grids; DINOv2's models with registers have it.
     """
-
-    fixed_positions: Tensor | None
 
     def __init__(
         self,
@@ -61,7 +61,7 @@ class VisionTransformer(nn.Module):
         depth: int = 12,
         num_heads: int = 6,
         mlp_ratio: float = 4.0,
-        image_size: int = 224,
+        image_size: int | Sequence[int] = 224,
         registers: int = 0,
         layer_scale: bool = False,
         swiglu: bool = False,
@@ -82,9 +82,10 @@ class VisionTransformer(nn.Module):
         if rope:
             self.rope = AxialRope(embed_dim // num_heads)
         else:
-            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + (image_size // patch_size) ** 2, embed_dim))
+            height, width = (image_size, image_size) if isinstance(image_size, int) else image_size
+            self.grid = (height // patch_size, width // patch_size)
+            self.pos_embed = nn.Parameter(torch.zeros(1, 1 + self.grid[0] * self.grid[1], embed_dim))
             nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        self.register_buffer("fixed_positions", None, persistent=False)
         rates = torch.linspace(0, drop_path_rate, depth, device="cpu").tolist()
         self.blocks = nn.ModuleList(
             Block(embed_dim, num_heads, mlp_ratio, layer_scale, swiglu, key_bias=not rope, norm_eps=norm_eps, drop_path=rate)
@@ -103,7 +104,7 @@ class VisionTransformer(nn.Module):
         x = x.reshape(batch, height * width, dim)
         cls_token = self.cls_token
         if self.pos_embed is not None:
-            positions = self.positions(height, width) if self.fixed_positions is None else self.fixed_positions
+            positions = self.positions(height, width)
             cls_token, x = cls_token + positions[:, :1], x + positions[:, 1:]
         prefix = cls_token if self.register_tokens is None else torch.cat((cls_token, self.register_tokens), 1)
         x = torch.cat((prefix.expand(batch, -1, -1), x), 1)  # [B, T, C]
@@ -116,19 +117,20 @@ class VisionTransformer(nn.Module):
     def positions(self, height: int, width: int) -> Tensor:
         """Return the position embedding `[1, 1 + height * width, C]` of a grid of patches, interpolated bicubically."""
         assert self.pos_embed is not None
-        side = math.isqrt(self.pos_embed.shape[1] - 1)
-        if (height, width) == (side, side):
+        if (height, width) == self.grid:
             return self.pos_embed
-        grid = self.pos_embed[:, 1:].reshape(1, side, side, -1).permute(0, 3, 1, 2).float()  # [1, C, side, side]
+        grid = self.pos_embed[:, 1:].reshape(1, *self.grid, -1).permute(0, 3, 1, 2).float()  # [1, C, h, w]
         grid = F.interpolate(grid, size=(height, width), mode="bicubic", align_corners=False, antialias=self.antialias)
         grid = grid.permute(0, 2, 3, 1).reshape(1, height * width, -1)
         return torch.cat((self.pos_embed[:, :1], grid.to(self.pos_embed.dtype)), 1)
 
     def fix_size(self, height: int, width: int) -> None:
-        """Interpolate the positions once, for images of `height` x `width` pixels: exported graphs hold them as a constant."""
+        """Make the position embedding one for images of `height` x `width` pixels, as an exported graph holds it."""
         if self.pos_embed is not None:
+            grid = (height // self.patch_size, width // self.patch_size)
             with torch.no_grad():
-                self.fixed_positions = self.positions(height // self.patch_size, width // self.patch_size).clone()
+                self.pos_embed = nn.Parameter(self.positions(*grid).clone())
+            self.grid = grid
 
 
 class PatchEmbed(nn.Module):

@@ -1,16 +1,20 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What stands around a segmentation network in a model: 8-bit image in, 8-bit labels out, all in one graph."""
+"""What stands around a network in a model: 8-bit image in; 8-bit labels, or features of unit length, out; all in one graph."""
 
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from deeprob_perception.errors import ModelError
 
 
-class LogitsGraph(nn.Module):
-    """`image` uint8 `[1, H, W, 3]` BGR -> logits `[1, K, H, W]`, in the type of the network's weights."""
+class ImageGraph(nn.Module):
+    """`image` uint8 `[1, H, W, 3]` BGR -> what the network says of it, in the type of the network's weights.
+
+    Logits `[1, K, H, W]` of a segmentation network, features `[1, h, w, C]` of a ViT.
+    """
 
     scale: Tensor
     offset: Tensor
@@ -31,15 +35,22 @@ class LogitsGraph(nn.Module):
         kernel = self.net.get_parameter(self.first).flip(1)
         if kernel.dtype != x.dtype:
             x = x.to(kernel.dtype)
-        return torch.func.functional_call(self.net, {self.first: kernel}, x)  # [1, K, H, W]
+        return torch.func.functional_call(self.net, {self.first: kernel}, x)
 
 
-class SegmentationGraph(LogitsGraph):
+class SegmentationGraph(ImageGraph):
     """What is exported: `image` uint8 `[1, H, W, 3]` BGR -> `labels` uint8 `[1, H, W]`, `confidence` uint8 `[1, H, W]`."""
 
     def forward(self, image: Tensor) -> tuple[Tensor, Tensor]:
         logits = super().forward(image)
         return labels_of(logits), confidence_of(logits)
+
+
+class FeatureGraph(ImageGraph):
+    """What is exported: `image` uint8 `[1, H, W, 3]` BGR -> `features` float32 `[1, h, w, C]` of unit length, one a patch."""
+
+    def forward(self, image: Tensor) -> Tensor:
+        return features_of(super().forward(image))
 
 
 def labels_of(logits: Tensor) -> Tensor:
@@ -52,6 +63,15 @@ def confidence_of(logits: Tensor) -> Tensor:
     top = logits.amax(1, keepdim=True)
     confidence = 1 / (logits - top).exp().sum(1)
     return (confidence * 255).round().to(torch.uint8)
+
+
+def features_of(features: Tensor) -> Tensor:
+    """Return features `[1, h, w, C]` with length one along C: what is compared is their direction."""
+    return F.normalize(features, dim=-1)
+
+
+# What a model file puts out -> how it comes of what the network says (float32).
+OUTPUTS = {"labels": labels_of, "confidence": confidence_of, "features": features_of}
 
 
 def first_kernel(net: nn.Module) -> str:
