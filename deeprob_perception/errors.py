@@ -32,3 +32,11 @@ class DataError(PerceptionError):
 
 class RobotError(PerceptionError):
     """A robot description that is no tree of joints, is hostile, or lacks what is asked of it."""
+
+
+class SeedError(PerceptionError):
+    """A point or mask to track that does not fit the image, or is empty."""
+
+
+class OrderError(PerceptionError):
+    """A frame that is older than the one before it."""

@@ -256,6 +256,21 @@ def export(
     return writers[task](net.eval(), recipe, path, height, width, said)
 
 
+def untrained(path: Path, folder: Path) -> Path | None:
+    """Write a model file's network with random weights (seed 0) into a folder; None where torch is not installed."""
+    try:
+        import torch
+
+        from deeprob_perception.checkpoints import build
+    except ImportError:
+        return None
+    model = model_file.read(path)
+    recipe, _ = load_checkpoint(path)
+    torch.manual_seed(0)
+    _, height, width, _ = model.inputs[0].shape
+    return export(recipe, build(recipe).state_dict(), folder / f"{path.stem}-untrained.onnx", height, width)
+
+
 def save_checkpoint(path: str | Path, state: "dict[str, Tensor]", recipe: dict[str, Any]) -> Path:
     """Write weights as safetensors with the recipe (JSON) in the header; whole or not at all.
 

@@ -95,3 +95,70 @@ def get_fk(
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@eval_app.command()
+def tracking(
+    data: Annotated[Path, typer.Option(help="Sequences: folders with images/ and masks/ (ids of objects), or one such folder.")],
+    model: Annotated[str, typer.Option(help="Model name or .onnx file, of features.")] = "dino",
+    backend: Annotated[str, typer.Option(help="Engine: auto, tensorrt, openvino, onnxruntime, torch.")] = "auto",
+    precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 of a quantised model.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="CPU threads; 0: the engine's choice.")] = 0,
+    baselines: Annotated[bool, typer.Option(help="Score what needs no trained features, too, in the same run.")] = True,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """Score mask propagation as DAVIS does (J, F), the first mask given, beside baselines."""
+    import tempfile
+
+    import numpy as np
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from deeprob_perception import engines, zoo
+    from deeprob_perception.tracking import evaluate as scoring
+    from deeprob_perception.tracking.tracker import features_of
+
+    sequences = scoring.find_sequences(data)
+    path = zoo.resolve(model)
+
+    def load(file: Path) -> engines.Engine:
+        return engines.load(file, backend=backend, precision=precision, threads=threads)
+
+    console = Console()
+    engine = load(path)
+    _, height, width, _ = engine.inputs[0].shape
+    with tempfile.TemporaryDirectory() as folder:
+        methods = {path.stem: scoring.propagate(features_of(engine))}
+        if baselines:
+            methods["still"], methods["flow"] = scoring.still, scoring.warped
+            patch = int(engine.metadata["patch_size"])
+            methods["rgb"] = scoring.propagate(scoring.rgb_patches(height, width, patch))
+            if untrained := zoo.untrained(path, Path(folder)):
+                methods["random"] = scoring.propagate(features_of(load(untrained)))
+        found: dict[str, dict[str, dict[str, float] | None]] = {name: {} for name in methods}
+        runs = [(name, sequence) for sequence in sequences for name in methods]
+        for name, sequence in track(runs, f"{path.name} on {engine.backend} {engine.precision}", console=console):
+            found[name][sequence.name] = scoring.evaluate(sequence, methods[name])
+
+    def mean(scores: dict[str, dict[str, float] | None]) -> dict[str, float]:
+        scored = [s for s in scores.values() if s is not None]
+        return {key: float(np.mean([s[key] for s in scored])) if scored else float("nan") for key in ("j", "f", "jf")}
+
+    table = Table("J&F", *methods, title=f"{path.name}, {height}x{width}, on {len(sequences)} sequences of {data}")
+    for sequence in sequences:
+        row = [found[name][sequence.name] for name in methods]
+        table.add_row(sequence.name, *("tracked, not scored" if s is None else f"{s['jf']:.3f}" for s in row))
+    table.add_section()
+    means = {name: mean(scores) for name, scores in found.items()}
+    for key, title in (("j", "mean J"), ("f", "mean F"), ("jf", "mean J&F")):
+        table.add_row(title, *(f"{means[name][key]:.3f}" for name in methods))
+    console.print(table)
+    if json_file:
+        report = {
+            **means[path.stem], "sequences": found[path.stem],
+            "baselines": {name: {**means[name], "sequences": found[name]} for name in methods if name != path.stem},
+            "model": path.name, "backend": engine.backend, "precision": engine.precision, "input": [height, width],
+        }  # fmt: skip
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")

@@ -143,3 +143,32 @@ def get_fk(
                         learning_rate=learning_rate, threads=threads, seed=seed)  # fmt: skip
     for name in chosen:
         show(f"{name}: {train(name, robots, out, settings)['mean_mm']:.3f} mm on the validation hands")
+
+
+@train_app.command()
+def reach(
+    out: Annotated[Path, typer.Option(help="Folder for weights, checkpoints and logs.")] = Path("runs/reach"),
+    variant: Annotated[list[str] | None, typer.Option(help="get, no_graph, no_self_model or mlp; may be given again.")] = None,
+    steps: Annotated[int, typer.Option(min=1)] = 12000,
+    robots: Annotated[int, typer.Option(min=64, help="Robots to generate and learn on.")] = 40000,
+    width: Annotated[int, typer.Option(min=8)] = 128,
+    layers: Annotated[int, typer.Option(min=1)] = 4,
+    learning_rate: Annotated[float, typer.Option(min=0.0)] = 1e-3,
+    precision: Annotated[str, typer.Option(help="auto (bf16 where native, the last steps in fp32), fp32 or bf16.")] = "auto",
+    threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
+    seed: Annotated[int, typer.Option()] = 0,
+    resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/VARIANT.pt.")] = False,
+) -> None:
+    """Learn to reach with any robot, on robots that are generated (no data is needed)."""
+    from deeprob_perception.training.reach import Settings, train
+
+    if precision not in ("auto", "fp32", "bf16"):
+        raise DataError(f"--precision {precision}: want auto, fp32 or bf16")
+    for name in variant or ["get"]:
+        settings = Settings(
+            variant=name, steps=steps, robots=robots, width=width, feedforward=2 * width, layers=layers,
+            learning_rate=learning_rate, precision=precision, threads=threads, seed=seed,
+        )  # fmt: skip
+        report = train(out, settings, resume)
+        if report:
+            show(f"{name}: {report['success']:.1%} of the goals of robots that it was not trained on")

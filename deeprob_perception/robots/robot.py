@@ -109,6 +109,21 @@ class Robot:
         """The child link of each moved joint."""
         return tuple(j.child for j in self._joints if j.name in self._index)
 
+    def carrier(self, link: str) -> tuple[int, np.ndarray]:
+        """Return the moved joint that carries a link, and the link's pose in that joint's frame, `[4, 4]`, at rest.
+
+        :raises RobotError: for an unknown link, or one that no joint moves.
+        """
+        if link not in self._at:
+            raise RobotError(f"the robot {self.name!r} has no link {link!r} below {self.root!r}; it has: {some(self.links)}")
+        row = self._at[link]
+        while row and self._joints[row - 1].name not in self._index:
+            row = self._parents[row - 1]
+        if not row:
+            raise RobotError(f"no joint that is moved carries the link {link!r} of {self.name!r}")
+        poses = self._poses(np.clip(0.0, self.lower, self.upper))
+        return self._index[self._joints[row - 1].name], np.linalg.inv(poses[row]) @ poses[self._at[link]]
+
     def _poses(self, positions: np.ndarray) -> np.ndarray:
         positions = np.asarray(positions, np.float64)
         if positions.ndim < 1 or positions.shape[-1] != len(self.joint_names):
