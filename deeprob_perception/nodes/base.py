@@ -72,6 +72,16 @@ def engine_settings(model: str) -> tuple[Setting, ...]:
     )
 
 
+def engine_facts(engine: engines.Engine) -> dict[str, str]:
+    """Return what diagnostics say of the engine that runs."""
+    return {
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "requested_precision": engine.requested_precision,
+        "device": engine.device,
+    }
+
+
 class CameraNode(LifecycleNode):
     """A lifecycle node with one camera in. Subclasses say what is loaded, what goes out, and how it is computed."""
 
