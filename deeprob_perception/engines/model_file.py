@@ -15,7 +15,7 @@ from deeprob_perception.errors import ModelError
 CONTRACT = "1"
 PREFIX = "deeprob."
 # task -> metadata that it cannot do without
-REQUIRED = {"segmentation": ("name", "classes", "palette"), "features": ("name", "patch_size")}
+REQUIRED = {"segmentation": ("name", "classes", "palette"), "features": ("name", "patch_size"), "reach": ("name", "layout")}
 
 
 @dataclass(frozen=True)
@@ -173,4 +173,24 @@ def check_features(model: ModelFile) -> None:
         raise breach(model, f"its output is {found}, not float32 [1, {height // side}, {width // side}, C]")
 
 
-CHECKS = {"segmentation": check_segmentation, "features": check_features}
+def check_policy(model: ModelFile) -> None:
+    """Raise ModelError unless tokens and padding go in, with matrices of their size, and one action a token comes out."""
+    inputs, outputs = {s.name: s for s in model.inputs}, {s.name: s for s in model.outputs}
+    tokens = inputs.get("tokens")
+    if tokens is None or tokens.dtype != np.float32 or len(tokens.shape) != 3 or tokens.shape[0] != 1:
+        raise breach(model, f"it takes {tokens or 'no tokens'}, not float32 [1, N, F]")
+    slots = tokens.shape[1]
+    square, row = (1, slots, slots), (1, slots)
+    expected = {"distance": square, "parent": square, "child": square, "padding": row}
+    for name, spec in inputs.items():
+        if name != "tokens" and expected.get(name) != spec.shape:
+            raise breach(model, f"its input is {spec}; besides tokens there are {', '.join(expected)} for {slots} joints")
+    action = outputs.get("action")
+    if action is None or action.dtype != np.float32 or action.shape != row:
+        raise breach(model, f"its action is {action or 'missing'}, not float32 [1, {slots}]")
+    believed = outputs.get("forward_kinematics")
+    if believed is not None and (believed.dtype != np.float32 or believed.shape != (1, slots, 3)):
+        raise breach(model, f"its output is {believed}, not float32 [1, {slots}, 3]")
+
+
+CHECKS = {"segmentation": check_segmentation, "features": check_features, "reach": check_policy}

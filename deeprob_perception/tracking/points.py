@@ -38,8 +38,8 @@ class Following:
     spacing: float = 12.0
     there_and_back: float = 1.5
     alike: float = 0.6
-    doubt: float = 0.5
-    picture: float = 0.85
+    doubt: float = 0.8
+    picture: float = 0.8
     search: int = 4
     temperature: float = 0.05
     patience: int = 60
