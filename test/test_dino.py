@@ -179,3 +179,28 @@ def test_two_processes_train_together_by_the_command_line(pictures, tmp_path):
     assert "48 frames" in done.stdout
     with (tmp_path / "log.csv").open() as file:
         assert [row["step"] for row in csv.DictReader(file)] == ["3"]  # 48 frames / 2 processes / 8
+
+
+def test_a_linear_probe_reads_labels_that_features_hold_and_none_that_they_do_not(tmp_path):
+    from deeprob_perception.segmentation.dataset import find_samples
+    from deeprob_perception.training.probe import patch_labels, probe
+
+    rng = np.random.default_rng(2)
+    for name in ("images", "labels"):
+        (tmp_path / name).mkdir()
+    for i in range(6):
+        label = np.zeros((64, 96), np.uint8)
+        label[:, 32 * (i % 3) : 32 * (i % 3) + 32] = 1
+        cv2.imwrite(str(tmp_path / f"labels/{i}.png"), label)
+        cv2.imwrite(str(tmp_path / f"images/{i}.png"), np.where(label > 0, 200, 60).astype(np.uint8))
+    samples = find_samples(tmp_path)
+
+    def seen(bgr: np.ndarray) -> np.ndarray:
+        return cv2.resize(bgr, (12, 8), interpolation=cv2.INTER_AREA).astype(np.float32) / 255
+
+    def blind(bgr: np.ndarray) -> np.ndarray:
+        return rng.random((8, 12, 3), np.float32)
+
+    assert probe(seen, samples[:4], samples[4:], ["ground", "block"])["miou"] > 0.95
+    assert probe(blind, samples[:4], samples[4:], ["ground", "block"])["miou"] < 0.6
+    assert patch_labels(np.array([[0, 0, 1, 1], [0, 255, 1, 0]], np.uint8), (1, 2), 2).tolist() == [[0, 1]]

@@ -209,3 +209,54 @@ def reach(
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps({"episodes": episodes, "robots": report}, indent=1) + "\n")
+
+
+@eval_app.command()
+def probe(
+    data: Annotated[Path, typer.Option(help="Labelled folder (images/, labels/) to fit the linear classifier on.")],
+    val: Annotated[Path, typer.Option(help="Labelled folder to score it on.")],
+    model: Annotated[str, typer.Option(help="Model name or .onnx file, of features.")] = "dino",
+    classes: Annotated[str | None, typer.Option(help="`street`, `tabletop` or a JSON file; default DATA/classes.json.")] = None,
+    sequences: Annotated[Path | None, typer.Option(help="Score tracking on these sequences, too (as `eval tracking`).")] = None,
+    backend: Annotated[str, typer.Option(help="Engine: auto, tensorrt, openvino, onnxruntime, torch.")] = "auto",
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """Say what training gave the features: linear probe, and tracking, of the model and of its network untrained."""
+    import tempfile
+
+    import numpy as np
+    from rich.console import Console
+    from rich.table import Table
+
+    from deeprob_perception import engines, zoo
+    from deeprob_perception.errors import ModelError
+    from deeprob_perception.segmentation.classes import class_set
+    from deeprob_perception.segmentation.dataset import find_samples
+    from deeprob_perception.tracking import evaluate as scoring
+    from deeprob_perception.tracking.tracker import features_of
+    from deeprob_perception.training.probe import probe as fit
+
+    names = class_set(data, classes).names
+    training, validation = find_samples(data), find_samples(val)
+    clips = scoring.find_sequences(sequences) if sequences else []
+    path = zoo.resolve(model)
+    report: dict[str, dict[str, float]] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        untrained = zoo.untrained(path, Path(folder))
+        if untrained is None:
+            raise ModelError("the comparison with an untrained network needs torch: pip install 'deeprob_perception[train]'")
+        for name, file in (("untrained", untrained), (path.stem, path)):
+            features = features_of(engines.load(file, backend=backend))
+            scores = fit(features, training, validation, names)
+            report[name] = {"miou": scores["miou"], "pixel_accuracy": scores["pixel_accuracy"]}
+            found = [scoring.evaluate(clip, scoring.propagate(features)) for clip in clips]
+            if scored := [s for s in found if s is not None]:
+                report[name]["jf"] = float(np.mean([s["jf"] for s in scored]))
+    title = f"{path.stem}: {len(training)} images to fit, {len(validation)} to score"
+    table = Table("features", *next(iter(report.values())), title=title)
+    for name, scores in report.items():
+        table.add_row(name, *(f"{value:.3f}" for value in scores.values()))
+    Console().print(table)
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps(report, indent=1) + "\n")
