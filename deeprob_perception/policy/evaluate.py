@@ -7,7 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
-from deeprob_perception.errors import DataError
+from deeprob_perception.errors import DataError, RobotError
 from deeprob_perception.policy import expert
 from deeprob_perception.policy.command import Policy
 from deeprob_perception.robots import Robot, read
@@ -56,12 +56,24 @@ def subjects(folder: Path) -> list[Subject]:
     for file in files:
         urdf = read(file)
         name, tip, near = KNOWN.get(file.stem, (file.stem, "", 0.0))
-        tip = tip or Robot(urdf).links[-1]
+        tip = tip or end_of(Robot(urdf))
         robot = Robot(urdf, tip=tip)
         if not near:
             near = FINGER if float(of_robot(robot, tip).reach[0]) < 0.25 else ARM
         found.append(Subject(name, robot, tip, near))
     return found
+
+
+def end_of(robot: Robot) -> str:
+    """Return the link that the most joints move, the first of several."""
+    above = robot.graph().parent.max(1)  # joints before each
+    depth = {}
+    for link in robot.links:
+        try:
+            depth[link] = int(above[robot.carrier(link)[0]])
+        except RobotError:  # nothing moves it
+            continue
+    return max(depth, key=depth.__getitem__)
 
 
 def episodes(robot: Robot, tip: str, count: int, seed: int) -> tuple[np.ndarray, np.ndarray]:
