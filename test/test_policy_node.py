@@ -42,17 +42,18 @@ class Arm(Probe):
     """The robot around the node: it is where it is told to be at once, and tells its joints unordered and in parts."""
 
     def __init__(self, process, names=JOINTS, limits=(LOWER, UPPER, MAX_VELOCITY), kind=JointTrajectory,
-                 topic="joint_trajectory", start=HOME):  # fmt: skip
-        super().__init__(process, "/policy")
+                 topic="joint_trajectory", start=HOME, target="/policy"):  # fmt: skip
+        super().__init__(process, target)
         self.names, self.lower, self.upper, self.velocity = names, *limits
         self.q, self.follows, self.speaks, self.goal = np.array(start), True, True, None
         self.spoken = dict(zip(names, range(len(names)), strict=True))  # the names under which joints are told
         self.frame = "base"
-        self.states = self.node.create_publisher(JointState, "/joint_states", RELIABLE)
-        self.goals = self.node.create_publisher(PointStamped, "/goal", RELIABLE)
-        self.descriptions = self.node.create_publisher(String, "/robot_description", LATCHED)
+        space = target.removesuffix("/policy")
+        self.states = self.node.create_publisher(JointState, f"{space}/joint_states", RELIABLE)
+        self.goals = self.node.create_publisher(PointStamped, f"{space}/goal", RELIABLE)
+        self.descriptions = self.node.create_publisher(String, f"{space}/robot_description", LATCHED)
         self.commands = []
-        self.node.create_subscription(kind, f"/policy/{topic}", self._on_command, RELIABLE)
+        self.node.create_subscription(kind, f"{target}/{topic}", self._on_command, RELIABLE)
         self.node.create_timer(0.02, self._speak)
 
     def _speak(self):
@@ -88,7 +89,7 @@ class Arm(Probe):
             step = np.abs(position - self.commands[-2][0])
             assert (step <= self.velocity / RATE + ROUNDING).all(), step
         if self.follows:
-            self.q = position
+            self.q = position.copy()
 
     def check(self, positions, velocities):
         assert np.isfinite(positions).all() and np.isfinite(velocities).all()
@@ -144,7 +145,7 @@ def process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     model = reach_model(folder / "tiny.onnx")
     process = policy_node(folder / "log", model=model, tip="tool", cache_dir=folder / "cache",
-                          max_velocity=pair(1.0, 0.2))  # fmt: skip
+                          max_velocity=pair(1.0, 0.2), max_gap=pair(0.06, 0.03))  # fmt: skip
     yield process
     assert process.alive, process.output
     assert process.stop() == 0, process.output
@@ -267,7 +268,8 @@ def test_a_robot_that_does_not_follow_is_not_left_behind_by_more_than_max_gap(ar
     arm.follows = False
     arm.goal = tip(np.array([-1.9, 0.6, -0.4, 0.1]))
     arm.until(lambda: arm.refused("gap_limit") > 3, "commands that are cut")
-    assert np.abs(arm.commands[-1][0] - arm.q).max() <= 0.5 + 0.05 + ROUNDING
+    ahead = np.abs(arm.commands[-1][0] - arm.q)
+    assert ahead.max() > 0.0599 and (ahead <= np.array([0.06, 0.06, 0.06, 0.03]) + ROUNDING).all()
 
 
 def test_a_new_robot_description_disarms_and_a_broken_one_is_named(arm):
@@ -285,7 +287,7 @@ def test_a_new_robot_description_disarms_and_a_broken_one_is_named(arm):
     assert arm.status["output"].level == b"\x02"
     assert not arm.enable().success
     arm.descriptions.publish(String(data=urdf()))
-    arm.says("output", "not enabled")
+    arm.says("output", "robot_description has changed")
 
 
 def test_deactivated_in_motion_it_comes_to_rest_and_starts_disarmed_again(arm):
@@ -302,14 +304,14 @@ def test_deactivated_in_motion_it_comes_to_rest_and_starts_disarmed_again(arm):
 def test_the_leap_policy_runs_in_the_same_node_by_its_own_rule_and_in_the_controllers_order(tmp_path):
     robot = tmp_path / "hand.urdf"
     robot.write_text(hand())
-    process = policy_node(tmp_path / "log", model=leap_model(tmp_path / "leap.onnx"), robot_file=robot, output="commands",
-                          cache_dir=tmp_path / "cache", command_joints="['3', '1', '0', '2']")  # fmt: skip
+    process = policy_node(tmp_path / "log", "__ns:=/left", model=leap_model(tmp_path / "leap.onnx"), robot_file=robot,
+                          output="commands", cache_dir=tmp_path / "cache", command_joints="['3', '1', '0', '2']")  # fmt: skip
     lower, upper = np.full(4, -0.5), np.full(4, 2.0)
     start = np.array([0.1, 0.2, 0.3, 0.4])
-    arm = Arm(process, ("3", "1", "0", "2"), (lower, upper, np.full(4, 20 / 24)), Float64MultiArray, "commands", start)
+    arm = Arm(process, ("3", "1", "0", "2"), (lower, upper, np.full(4, 20 / 24)), Float64MultiArray, "commands", start, "/left/policy")
     try:
         arm.says("output", "not enabled")
-        assert arm.until(arm.enable, "an answer").success or arm.until(lambda: arm.enable().success, "being enabled")
+        arm.until(lambda: arm.enable().success, "being enabled")
         arm.until(lambda: len(arm.commands) > 8, "motion")
         # The first push is by the sine of -0.157 rad, and so on: all fingers go by the clock.
         angles = (np.arange(8) - 1) * 0.05 * np.pi
@@ -322,9 +324,9 @@ def test_the_leap_policy_runs_in_the_same_node_by_its_own_rule_and_in_the_contro
 
 
 def test_a_model_or_robot_file_that_cannot_be_loaded_leaves_the_node_up_with_the_reason(tmp_path):
-    process = policy_node(tmp_path / "log", model=leap_model(tmp_path / "leap.onnx"), robot_file=tmp_path / "absent.urdf",
-                          cache_dir=tmp_path / "cache")  # fmt: skip
-    probe = Probe(process, "/policy")
+    process = policy_node(tmp_path / "log", "__ns:=/left", model=leap_model(tmp_path / "leap.onnx"),
+                          robot_file=tmp_path / "absent.urdf", cache_dir=tmp_path / "cache")  # fmt: skip
+    probe = Probe(process, "/left/policy")
     try:
         probe.says("output", "absent.urdf: No such file")
         robot = tmp_path / "hand.urdf"
