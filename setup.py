@@ -55,6 +55,7 @@ setup(
         "jinja2>=3.1",
         "platformdirs>=4",
         "protobuf>=4",
+        "threadpoolctl>=3",
         "ruamel.yaml>=0.17",
         "backports.zstd>=1.0; python_version < '3.14'",
     ],

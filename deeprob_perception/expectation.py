@@ -12,7 +12,7 @@ import numpy as np
 from deeprob_perception.bags import open_bag
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages import cdr, images
-from deeprob_perception.replay import MASK, mask_hash
+from deeprob_perception.replay_tasks import MASK, mask_hash
 from deeprob_perception.segmentation.scores import Confusion
 
 

@@ -82,7 +82,7 @@ def write_model(
 ) -> Path:
     """Trace a graph, store its weights under torch's names, and write both with the metadata."""
     state = graph.net.state_dict()
-    model = trace(graph.cpu().eval(), torch.zeros(1, height, width, 3, dtype=torch.uint8), outputs)
+    model = trace(graph.cpu().eval(), {"image": torch.zeros(1, height, width, 3, dtype=torch.uint8)}, outputs)
     fold_shapes(model, {f"net.{name}" for name in state})
     proto = ir.to_proto(model)
     store_weights(proto, state, prefix="net.")
@@ -95,16 +95,16 @@ def write_model(
     return path
 
 
-def trace(module: nn.Module, example: Tensor, outputs: list[str]) -> ir.Model:
-    """Return the unoptimised graph of `module` with an input `image`; parameter names are torch's."""
+def trace(module: nn.Module, examples: dict[str, Tensor], outputs: list[str]) -> ir.Model:
+    """Return the unoptimised graph of `module` with the examples' names for inputs; parameter names are torch's."""
     with torch.no_grad(), quiet():
         program = torch.onnx.export(
             module,
-            (example,),
+            tuple(examples.values()),
             dynamo=True,
             optimize=False,  # its passes transpose, merge and rename the weights
             opset_version=OPSET,
-            input_names=["image"],
+            input_names=list(examples),
             output_names=outputs,
             verbose=False,
         )

@@ -1,12 +1,10 @@
 # SPDX-License-Identifier: Apache-2.0
-"""A bag in -> the segmentation that the node runs, on every frame -> a bag, hashes of the masks, and a summary.
+"""A bag in -> what a node does with every frame (`replay_tasks`) -> a bag, hashes, and a summary.
 
 Nothing here depends on clocks, threads or chance: frames are taken in the order of their log times, one after another,
 and none is dropped, so two replays of one bag with one model, back end and machine give the same masks.
 """
 
-import hashlib
-import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -18,17 +16,12 @@ import numpy as np
 
 from deeprob_perception import contact_sheet, engines, machine, video, zoo
 from deeprob_perception.bags import Bag, BagMessage, BagWriter, Topic, open_bag
-from deeprob_perception.errors import BagError, ImageError, MessageError
+from deeprob_perception.errors import BagError, ImageError, MessageError, OrderError, SeedError
 from deeprob_perception.messages import cdr, images
-from deeprob_perception.segmentation import Segmenter, overlay
+from deeprob_perception.replay_tasks import Seeds, SegmentationTask, Task, TrackingTask
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.timing import Stages
 
-# The names which the live node has when it runs as /segmentation.
-MASK = "/segmentation/mask"
-CONFIDENCE = "/segmentation/confidence"
-OVERLAY = "/segmentation/overlay/compressed"
-LABEL_INFO = "/segmentation/label_info"
 _SHEET_FRAMES = 12
 # Ground truth and camera frames of one stamp may be recorded this many messages apart.
 _PAIRING_WINDOW = 64
@@ -50,6 +43,8 @@ class Options:
     ground_truth: str | None = None  # topic; None: found by its name
     max_frames: int | None = None
     alpha: float = 0.5
+    task: str = "segmentation"
+    seeds: Seeds = field(default_factory=Seeds)  # of tracking
 
 
 @dataclass
@@ -113,15 +108,18 @@ def replay(
         topic = bag.image_topic(options.topic)
         truths = truth_topic(bag, options.ground_truth)
         engine = engines.load(model, backend=options.backend, precision=options.precision, threads=options.threads)
-        segmenter = Segmenter(engine)
-        # The first inference allocates and would stand out in the stage times.
-        segmenter(np.zeros((engine.inputs[0].shape[1], engine.inputs[0].shape[2], 3), np.uint8))
-        segmenter.stages.clear()
-        run = _Run(options, bag, topic, truths, segmenter)
+        task: Task
+        if options.task == "tracking":
+            first = first_truth(bag, truths) if truths is not None and options.seeds.classes else None
+            task = TrackingTask(engine, options.seeds, options.alpha, first)
+        else:
+            task = SegmentationTask(engine, options.confidence, options.alpha)
+        run = _Run(options, bag, topic, truths, task)
         run.go(on_frame)
         summary = {
             "bag": {"path": str(options.bag), "sha256": {f.name: zoo.checksum(f) for f in _whole(bag)}, "damage": bag.damage},
             "topic": topic.name,
+            "task": options.task,
             "model": {"name": engine.metadata.get("name", model.stem), "sha256": zoo.checksum(model)},
             "backend": engine.backend,
             "precision": engine.precision,
@@ -136,13 +134,13 @@ def replay(
 class _Run:
     """One pass over the bag."""
 
-    def __init__(self, options: Options, bag: Bag, topic: Topic, truth_topic: Topic | None, segmenter: Segmenter):
-        self.options, self.bag, self.topic, self.truth_topic, self.segmenter = options, bag, topic, truth_topic, segmenter
+    def __init__(self, options: Options, bag: Bag, topic: Topic, truth_topic: Topic | None, task: Task):
+        self.options, self.bag, self.topic, self.truth_topic, self.task = options, bag, topic, truth_topic, task
         self.hashes: list[str] = []
         self.stamps: list[int] = []
         self.skipped: list[dict[str, Any]] = []
         self.sheet_path = options.out.with_suffix(".png")
-        self.score = _Score(Confusion(len(segmenter.class_names)))
+        self.score = _Score(task.confusion)
         self._stages = Stages()
         self._total = topic.count if options.max_frames is None else min(topic.count, options.max_frames)
         self._on_sheet = set(contact_sheet.evenly(self._total, _SHEET_FRAMES))
@@ -154,11 +152,8 @@ class _Run:
         topics = [self.topic.name] + ([self.truth_topic.name] if self.truth_topic else [])
         with ExitStack() as stack:
             out = stack.enter_context(BagWriter(options.out))
-            out.add_topic(LABEL_INFO, cdr.STRING, latched=True)
-            out.add_topic(MASK, cdr.IMAGE)
-            if options.confidence:
-                out.add_topic(CONFIDENCE, cdr.IMAGE)
-            out.add_topic(OVERLAY, cdr.COMPRESSED_IMAGE)
+            for name, (msgtype, latched) in self.task.topics.items():
+                out.add_topic(name, msgtype, latched=latched)
             if options.overlay_video is not None:
                 self._video = stack.enter_context(video.VideoWriter(options.overlay_video))
             seen = 0
@@ -170,7 +165,7 @@ class _Run:
                     continue
                 try:
                     self._frame(out, message, seen)
-                except MessageError as error:
+                except (MessageError, OrderError, SeedError) as error:
                     self.skipped.append({"frame": seen, "log_time": message.log_time, "reason": str(error)})
                 seen += 1
                 on_frame(seen, self._total)
@@ -184,51 +179,41 @@ class _Run:
         return f"{self.options.bag}: not one image of {self.topic.name} could be read: {first}"
 
     def _frame(self, out: BagWriter, message: BagMessage, index: int) -> None:
-        options, stages = self.options, self._stages
+        stages = self._stages
         with stages.measure("total"):
             with stages.measure("decode"):
                 camera = cdr.deserialize(message.raw, message.topic.msgtype)
                 bgr = images.to_bgr(camera)
-            result = self.segmenter(bgr, confidence=options.confidence)
-            with stages.measure("overlay"):
-                drawn = overlay.draw(bgr, result.labels, self.segmenter.palette, options.alpha)
+            stamp = cdr.stamp_ns(camera.header)
+            result = self.task(bgr, cdr.make_header(stamp, camera.header.frame_id), stages)
             with stages.measure("write"):
-                stamp = cdr.stamp_ns(camera.header)
-                header = cdr.make_header(stamp, camera.header.frame_id)
-                if not self.hashes:
-                    names = cdr.make_string(label_info(self.segmenter.class_names))
-                    out.write(LABEL_INFO, message.log_time, names)
-                out.write(MASK, message.log_time, images.make_image(result.labels, "mono8", header))
-                if result.confidence is not None:
-                    out.write(CONFIDENCE, message.log_time, images.make_image(result.confidence, "mono8", header))
-                out.write(OVERLAY, message.log_time, images.make_compressed(drawn, header, "jpeg"))
+                for name, msg in result.messages:
+                    out.write(name, message.log_time, msg)
         if self._video is not None:
-            self._video.write(drawn, stamp or message.log_time)
+            self._video.write(result.drawn, stamp or message.log_time)
         if index in self._on_sheet:
-            self._cells.append((f"frame {index}, {stamp / 1e9:.3f} s", [bgr.copy(), drawn]))
-        self.score.add(stamp, mask=result.labels)
-        self.hashes.append(mask_hash(result.labels))
+            self._cells.append((f"frame {index}, {stamp / 1e9:.3f} s", [bgr.copy(), result.drawn]))
+        self.score.add(stamp, mask=result.mask)
+        self.hashes.append(result.digest)
         self.stamps.append(stamp)
 
     def _truth(self, message: BagMessage) -> None:
         try:
             truth = cdr.deserialize(message.raw, message.topic.msgtype)
-            ids = images.to_array(truth)
-            if ids.ndim != 2 or ids.dtype != np.uint8:
-                raise ImageError(f"ground truth on {message.topic.name} is {ids.dtype} {list(ids.shape)}; expected mono8")
-            self.score.add(cdr.stamp_ns(truth.header), truth=ids)
+            stamp = cdr.stamp_ns(truth.header)
+            self.score.add(stamp, truth=self.task.truth(true_ids(truth, message.topic), stamp))
         except MessageError as error:
             self.score.problems.append(str(error))
 
     def _write_sheet(self) -> None:
         title = f"{self.options.bag.name}  {self.topic.name}: {len(self.hashes)} frames"
-        sheet = contact_sheet.draw(self._cells, title, self.segmenter.class_names, self.segmenter.palette)
+        sheet = contact_sheet.draw(self._cells, title, self.task.names, self.task.palette)
         if not cv2.imwrite(str(self.sheet_path), sheet):
             raise BagError(f"cannot write {self.sheet_path}")
 
     def summary(self) -> dict[str, Any]:
-        stages = {**self._stages.summary(), **self.segmenter.stages.summary()}
-        order = ("decode", "resize", "infer", "overlay", "write", "total")
+        stages = {**self._stages.summary(), **self.task.stages.summary()}
+        order = ("decode", "resize", "infer", "points", "mask", "overlay", "write", "total")
         found: dict[str, Any] = {
             "frames": len(self.hashes),
             "skipped": self.skipped,
@@ -237,7 +222,7 @@ class _Run:
             "stages": {name: stages[name] for name in order if name in stages},
         }
         if self.truth_topic is not None:
-            score = self.score.confusion.report(self.segmenter.class_names) if self.score.frames else {}
+            score = self.score.confusion.report(self.task.names) if self.score.frames else {}
             found["ground_truth"] = {
                 "topic": self.truth_topic.name,
                 "frames": self.score.frames,
@@ -247,16 +232,23 @@ class _Run:
         return found
 
 
-def mask_hash(labels: np.ndarray) -> str:
-    """Return the sha256 of a mask, its size included."""
-    digest = hashlib.sha256(f"{labels.shape[1]}x{labels.shape[0]}\n".encode())
-    digest.update(np.ascontiguousarray(labels).data)
-    return digest.hexdigest()
+def true_ids(truth: Any, topic: Topic) -> np.ndarray:
+    """Return a message of true labels as ids, uint8 `[H, W]`; raise ImageError for what holds none."""
+    ids = images.to_array(truth)
+    if ids.ndim != 2 or ids.dtype != np.uint8:
+        raise ImageError(f"ground truth on {topic.name} is {ids.dtype} {list(ids.shape)}; expected mono8")
+    return ids
 
 
-def label_info(class_names: list[str]) -> str:
-    """Return the class names as the JSON that the live node publishes, `{"0": "background", ...}`."""
-    return json.dumps(dict(enumerate(class_names)))
+def first_truth(bag: Bag, topic: Topic) -> tuple[int, np.ndarray] | None:
+    """Return the stamp and ids of a bag's first true mask that can be read."""
+    for message in bag.messages([topic.name]):
+        try:
+            truth = cdr.deserialize(message.raw, topic.msgtype)
+            return cdr.stamp_ns(truth.header), np.array(true_ids(truth, topic))
+        except MessageError:
+            continue
+    return None
 
 
 def truth_topic(bag: Bag, name: str | None = None) -> Topic | None:

@@ -246,6 +246,12 @@ def export(
     from deeprob_perception.checkpoints import build
     from deeprob_perception.export import export_features, export_segmentation
 
+    if recipe.get("task") == "reach":
+        from deeprob_perception.export_policy import export_policy
+
+        policy = build(recipe)
+        policy.load_state_dict(state)
+        return export_policy(policy, recipe, path, about or {"name": path.stem})
     writers = {"segmentation": export_segmentation, "features": export_features}
     task = recipe.get("task")
     if task not in writers:

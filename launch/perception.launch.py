@@ -1,24 +1,32 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Segmentation of one camera: `ros2 launch deeprob_perception perception.launch.py image_topic:=/camera/image_raw`."""
+"""Perception of one camera: `ros2 launch deeprob_perception perception.launch.py image_topic:=/camera/image_raw`."""
 
 import sys
 from pathlib import Path
 
 from launch.actions import DeclareLaunchArgument, GroupAction
 from launch.conditions import IfCondition
-from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution
+from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution, PythonExpression
 from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
 
 from launch import LaunchDescription
 
-CONFIG = Path(__file__).resolve().parents[1] / "config" / "segmentation.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "config"
 AS_IN_FILE = "Empty: as params_file has it."
 
 
 def generate_launch_description() -> LaunchDescription:
     """Declare the arguments at top level, so that --show-args is complete, and start the node with them."""
     arguments = [
-        DeclareLaunchArgument("params_file", default_value=str(CONFIG), description="Parameters of the node, YAML."),
+        DeclareLaunchArgument(
+            "tasks", default_value="segmentation", choices=["segmentation", "tracking", "all"],
+            description="Which nodes run on the camera."),
+        DeclareLaunchArgument(
+            "params_file", default_value=str(CONFIG / "segmentation.yaml"),
+            description="Parameters of the segmentation node, YAML."),
+        DeclareLaunchArgument(
+            "tracking_params_file", default_value=str(CONFIG / "tracking.yaml"),
+            description="Parameters of the tracking node, YAML."),
         DeclareLaunchArgument("namespace", default_value="", description="Namespace of the node and its topics."),
         DeclareLaunchArgument(
             "image_topic", default_value="camera/image_raw",
@@ -28,7 +36,9 @@ def generate_launch_description() -> LaunchDescription:
             description=f"sensor_msgs/Image or CompressedImage. {AS_IN_FILE}"),
         DeclareLaunchArgument(
             "model", default_value="",
-            description=f"A model's name (`deeprob models list`) or the path of an .onnx. {AS_IN_FILE}"),
+            description=f"Of segmentation: a name (`deeprob models list`) or the path of an .onnx. {AS_IN_FILE}"),
+        DeclareLaunchArgument(
+            "tracking_model", default_value="", description=f"Of tracking, likewise: a model of features. {AS_IN_FILE}"),
         DeclareLaunchArgument(
             "backend", default_value="", choices=["", "auto", "tensorrt", "openvino", "onnxruntime", "torch"],
             description=f"What runs the model. {AS_IN_FILE}"),
@@ -45,31 +55,41 @@ def generate_launch_description() -> LaunchDescription:
             "build_only", default_value="false", choices=["true", "false"],
             description="Build the model's engine into the cache and end, for baking images; the exit status tells."),
     ]
-    # Parameters come in the order of these actions, so what is given on the command line beats the file.
+    return LaunchDescription([
+        *arguments,
+        node("segmentation", "params_file", "model"),
+        node("tracking", "tracking_params_file", "tracking_model"),
+    ])
+
+
+def node(task: str, params_file: str, model: str) -> GroupAction:
+    """Return the node of a task, if it is asked for. What is given on the command line beats the parameter file."""
+    # Parameters come in the order of these actions.
     given = []
-    for name in ("image_transport", "model", "backend"):
-        value = LaunchConfiguration(name)
+    for name, argument in (("image_transport", "image_transport"), ("model", model), ("backend", "backend")):
+        value = LaunchConfiguration(argument)
         given.append(SetParameter(name, value, condition=IfCondition(NotEqualsSubstitution(value, ""))))
-    node = LifecycleNode(
+    started = LifecycleNode(
         # By module and not as package and executable: that runs where the package came by pip too, and with the
         # interpreter that has it. The node itself sets the Fast DDS profile for large images, unless the user has.
         executable=sys.executable,
-        arguments=["-m", "deeprob_perception.nodes.segmentation"],
-        name="segmentation",
+        arguments=["-m", f"deeprob_perception.nodes.{task}"],
+        name=task,
         namespace=LaunchConfiguration("namespace"),
         remappings=[("image", LaunchConfiguration("image_topic"))],
         ros_arguments=["--log-level", LaunchConfiguration("log_level")],
         output="screen",
         emulate_tty=True,
     )
-    return LaunchDescription([
-        *arguments,
-        GroupAction([
-            SetParametersFromFile(LaunchConfiguration("params_file")),
+    asked = PythonExpression(["'", LaunchConfiguration("tasks"), f"' in ('{task}', 'all')"])
+    return GroupAction(
+        [
+            SetParametersFromFile(LaunchConfiguration(params_file)),
             *given,
             SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
             SetParameter("autostart", LaunchConfiguration("autostart")),
             SetParameter("build_only", LaunchConfiguration("build_only")),
-            node,
-        ]),
-    ])
+            started,
+        ],
+        condition=IfCondition(asked),
+    )

@@ -2,10 +2,11 @@
 """The policy node, live: a process of its own, joint states and goals in, trajectories out, and every reason to hold."""
 
 import time
+from itertools import pairwise
 
 import numpy as np
 import pytest
-from policy_models import JOINTS, LOWER, UPPER, VELOCITY, hand, leap_model, reach_model, urdf
+from policy_models import JOINTS, LOWER, UPPER, hand, leap_model, reach_model, urdf
 from ros_harness import LATCHED, PATIENCE, RELIABLE, Probe, Process, isolated_ros
 
 from deeprob_perception.robots import Robot, parse
@@ -78,7 +79,7 @@ class Arm(Probe):
         else:
             assert list(message.joint_names) == list(self.names), "a controller wants all of its joints"
             times = [p.time_from_start.sec + p.time_from_start.nanosec * 1e-9 for p in message.points]
-            assert times and times[0] > 0 and all(a < b for a, b in zip(times, times[1:], strict=False))
+            assert times and times[0] > 0 and all(a < b for a, b in pairwise(times))
             for p in message.points:
                 self.check(np.array(p.positions), np.array(p.velocities))
             assert not np.any(message.points[-1].velocities), "a trajectory has to end at rest"
@@ -251,7 +252,7 @@ def test_it_does_not_start_far_from_where_it_was_commanded_until_reset(arm):
     arm.move()
     arm.call(SetBool, "enable", SetBool.Request(data=False))
     arm.holds("disarmed by ~/enable", "disarmed")
-    arm.q = arm.q + [0.3, 0, 0, 0]
+    arm.q[0] += 0.3
     arm.fresh_diagnostics()
     refused = arm.enable()
     assert not refused.success and "the joint pan is at" in refused.message and "call ~/reset" in refused.message
@@ -308,7 +309,8 @@ def test_the_leap_policy_runs_in_the_same_node_by_its_own_rule_and_in_the_contro
                           output="commands", cache_dir=tmp_path / "cache", command_joints="['3', '1', '0', '2']")  # fmt: skip
     lower, upper = np.full(4, -0.5), np.full(4, 2.0)
     start = np.array([0.1, 0.2, 0.3, 0.4])
-    arm = Arm(process, ("3", "1", "0", "2"), (lower, upper, np.full(4, 20 / 24)), Float64MultiArray, "commands", start, "/left/policy")
+    limits = lower, upper, np.full(4, 20 / 24)
+    arm = Arm(process, ("3", "1", "0", "2"), limits, Float64MultiArray, "commands", start, "/left/policy")
     try:
         arm.says("output", "not enabled")
         arm.until(lambda: arm.enable().success, "being enabled")

@@ -93,11 +93,11 @@ def test_a_wish_within_the_limits_is_commanded_as_it_is():
     at = np.array([0.0, 5.0, 0.1])
     assert safety.enable(0.0, at, NOW) == ""
     assert safety.admit(0.0, at, NOW, None)
-    wish = at + [0.1, -0.05, 0.01]
+    wish = at + np.array([0.1, -0.05, 0.01])
     setpoint = safety.limit(wish, (wish - at) / PERIOD, at)
     np.testing.assert_array_equal(setpoint.positions, wish)
     np.testing.assert_allclose(setpoint.velocities, [2.0, -1.0, 0.2])
-    np.testing.assert_allclose(setpoint.halt, wish + [0.05, -0.025, 0.005])
+    np.testing.assert_allclose(setpoint.halt, wish + np.array([0.05, -0.025, 0.005]))
     assert not safety.refusals and safety.state == MOVING
 
 
@@ -187,14 +187,16 @@ def loop_of(engine, **options):
 def test_a_policy_that_raises_holds_with_the_reason_and_goes_on_when_it_works_again(engine):
     loop = loop_of(engine)
     at = np.array([0.3, 0.2, 0.4, 0.05])
-    goal = loop.robot.forward_kinematics(at - [0.3, 0.1, 0.1, 0], ["tool"])[0, :3, 3]
+    goal = loop.robot.forward_kinematics(at - [0.3, 0.4, 0.3, 0], ["tool"])[0, :3, 3]
     loop.readings.add(JOINTS, at, 0.0, 0.0)
     loop.goal = Goal(goal, 0.0)
     assert loop.enable(0.0) == ""
     assert loop.step(0.0).velocities.any() and loop.safety.state == MOVING
     act = loop.policy.act
     loop.policy.act = lambda *_: 1 / 0
-    assert not loop.step(0.05).velocities.any(), "it did not come to rest"
+    halt = loop.step(0.05)
+    assert not halt.velocities.any(), "it did not come to rest"
+    loop.readings.add(JOINTS, halt.positions, 0.05, 0.05)
     assert loop.safety.reason == "the policy failed: ZeroDivisionError: division by zero"
     assert loop.step(0.1) is None and loop.safety.refusals["policy_failed"] == 2
     loop.policy.act = act

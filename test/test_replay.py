@@ -15,7 +15,8 @@ from deeprob_perception.bags.from_images import write_bag
 from deeprob_perception.cli import app, commands  # noqa: F401  commands registers `replay`
 from deeprob_perception.errors import BagError, ModelError
 from deeprob_perception.messages import cdr, images
-from deeprob_perception.replay import CONFIDENCE, LABEL_INFO, MASK, OVERLAY, Options, mask_hash, replay
+from deeprob_perception.replay import Options, replay
+from deeprob_perception.replay_tasks import CONFIDENCE, LABEL_INFO, MASK, OVERLAY, mask_hash
 from deeprob_perception.segmentation import Segmenter
 
 SECOND = 1_000_000_000

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from deeprob_perception.checkpoints import swin, vit
 from deeprob_perception.checkpoints.files import WEIGHT_FILES, State, read_json, read_tensors
 from deeprob_perception.errors import ModelError
-from deeprob_perception.nets import features, segmenter
+from deeprob_perception.nets import features, reacher, segmenter
 
 __all__ = ["build", "check_state", "convert"]
 
@@ -54,7 +54,9 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
 
 
 def build(recipe: dict[str, Any]) -> nn.Module:
-    """Build the network of a recipe of any task that has an image, with random weights."""
+    """Build the network of a recipe of any task, with random weights."""
+    if recipe.get("task") == "reach":
+        return reacher.build(recipe)
     return features.build(recipe) if recipe.get("task") == "features" else segmenter.build(recipe)
 
 

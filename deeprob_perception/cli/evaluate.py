@@ -162,3 +162,50 @@ def tracking(
         }  # fmt: skip
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@eval_app.command()
+def reach(
+    robots: Annotated[Path, typer.Option(help="Folder of robot descriptions, NAME.urdf.")],
+    episodes: Annotated[int, typer.Option(min=1, help="For each robot and policy.")] = 100,
+    model: Annotated[str, typer.Option(help="Model name or .onnx file, of reaching.")] = "reach",
+    models: Annotated[Path | None, typer.Option(help="Folder with VARIANT.onnx of the ablations, scored too.")] = None,
+    seed: Annotated[int, typer.Option(min=0)] = 0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the scores to this file.")] = None,
+) -> None:
+    """Report how often policies reach random goals within 5 s, on robots that they were not trained on, beside the expert."""
+    from rich.console import Console
+    from rich.progress import track
+    from rich.table import Table
+
+    from deeprob_perception import engines, zoo
+    from deeprob_perception.policy.command import Policy
+    from deeprob_perception.policy.evaluate import score_expert, score_policy, subjects
+    from deeprob_perception.policy.reach import ReachPolicy
+    from deeprob_perception.robots import Robot
+
+    paths = {} if models else {"get": zoo.resolve(model)}
+    for name in ("get", "no_graph", "no_self_model", "mlp"):
+        if models and (models / f"{name}.onnx").is_file():
+            paths[name] = models / f"{name}.onnx"
+    loaded = {name: engines.load(path, backend="onnxruntime", precision="fp32", threads=1) for name, path in paths.items()}
+    console, report = Console(), {}
+    table = Table("robot", "joints", "near, mm", "expert", *paths, title=f"success of {episodes} episodes")
+    for subject in track(subjects(robots), "reaching", console=console):
+        scores = {"expert": score_expert(subject, episodes, seed)}
+        for name, engine in loaded.items():
+
+            def make(robot: Robot, tip: str, rate: float, engine: engines.Engine = engine) -> Policy:
+                return ReachPolicy(engine, robot, tip, rate)
+
+            scores[name] = score_policy(subject, make, episodes, seed)
+        report[subject.name] = {name: s.success for name, s in scores.items()}
+        report[subject.name] |= {f"{name}_broken": s.broken for name, s in scores.items() if name != "expert"}
+        joints = str(len(subject.robot.joint_names))
+        table.add_row(subject.name, joints, f"{subject.near * 1e3:g}", *(f"{s.success:.2f}" for s in scores.values()))
+    console.print(table)
+    broken = sum(value for row in report.values() for key, value in row.items() if key.endswith("_broken"))
+    console.print(f"{broken} steps beyond a limit of position or velocity")
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({"episodes": episodes, "robots": report}, indent=1) + "\n")

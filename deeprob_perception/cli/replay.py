@@ -21,7 +21,11 @@ def replay(
     bag: Annotated[Path, typer.Argument(metavar="BAG", help="A bag file or folder (ROS 2 mcap, sqlite3; ROS 1).")],
     out: Annotated[Path, typer.Option(help="The bag to write (.mcap); a contact sheet .png appears beside it.")],
     topic: Annotated[str | None, typer.Option(help="Image topic; by default a colour camera's.")] = None,
-    model: Annotated[str, typer.Option(help="A model's name, or an .onnx file.")] = "tabletop",
+    task: Annotated[str, typer.Option(help="segmentation or tracking.")] = "segmentation",
+    model: Annotated[str | None, typer.Option(help="A name, or an .onnx file; default: tabletop, or dino to track.")] = None,
+    seed_mask: Annotated[Path | None, typer.Option(help="Track the objects of this mask of the first frame (ids).")] = None,
+    seed_point: Annotated[list[str] | None, typer.Option(help="Track this point of the first frame, X,Y; repeatable.")] = None,
+    seed_class: Annotated[list[int] | None, typer.Option(help="Track this class of the first true mask; repeatable.")] = None,
     backend: Annotated[str, typer.Option(help="auto (the fastest here), tensorrt, openvino, onnxruntime or torch.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 of a quantised model.")] = "auto",
     threads: Annotated[int, typer.Option(min=0, help="Threads for one inference; 0 for all cores.")] = 0,
@@ -37,7 +41,7 @@ def replay(
     json: Annotated[Path | None, typer.Option(help="Write the summary here.")] = None,
     max_frames: Annotated[int | None, typer.Option(min=1, help="Stop after this many frames.")] = None,
 ) -> None:
-    """Run segmentation on every frame of a bag, deterministically; masks and overlay go into a new bag."""
+    """Run segmentation or tracking on every frame of a bag, deterministically; masks and overlay go into a new bag."""
     import json as json_module
 
     from rich.console import Console
@@ -47,6 +51,7 @@ def replay(
     from deeprob_perception.expectation import compare
     from deeprob_perception.replay import Options
     from deeprob_perception.replay import replay as run
+    from deeprob_perception.replay_tasks import Seeds
 
     if min_iou is not None and expect is None:
         raise typer.BadParameter("--min-iou needs --expect")
@@ -54,14 +59,21 @@ def replay(
         raise BagError(f"{expect}: no such file to compare with; an earlier run writes it by --json {expect}")
     if expect is not None and expect.resolve() == out.resolve():
         raise BagError(f"--out {out} would overwrite what --expect compares with; give another file")
+    if task not in ("segmentation", "tracking"):
+        raise typer.BadParameter(f"--task {task}: want segmentation or tracking")
+    if task == "tracking" and (expect is not None and min_iou is not None):
+        raise typer.BadParameter("--min-iou compares masks of segmentation; tracking is compared by --expect alone")
+    seeds = Seeds(seed_mask, [place(text) for text in seed_point or ()], seed_class or ())
+    model = model or ("dino" if task == "tracking" else "tabletop")
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task(bag.name, total=None)
-        options = Options(bag, out, model, topic, backend, precision, threads, confidence, overlay, ground_truth, max_frames)
+        bar = progress.add_task(bag.name, total=None)
+        options = Options(bag, out, model, topic, backend, precision, threads, confidence, overlay, ground_truth, max_frames,
+                          task=task, seeds=seeds)  # fmt: skip
         result = run(
             options,
-            on_frame=lambda done, total: progress.update(task, completed=done, total=total),
+            on_frame=lambda done, total: progress.update(bar, completed=done, total=total),
             warn=lambda text: progress.console.print(f"[yellow]warning:[/] {text}", highlight=False, soft_wrap=True),
         )
     summary = result.summary
@@ -78,6 +90,15 @@ def replay(
     _report(Console(), summary, result.contact_sheet)
     if differences is not None and not _verdict(Console(), differences, summary["frames"]):
         raise typer.Exit(1)
+
+
+def place(text: str) -> tuple[float, float]:
+    """Return x, y of `X,Y`."""
+    try:
+        x, y = map(float, text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--seed-point {text}: want X,Y in pixels, such as 320,240") from None
+    return x, y
 
 
 def _report(console: "Console", summary: dict[str, Any], sheet: Path) -> None:

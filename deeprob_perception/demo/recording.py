@@ -15,7 +15,8 @@ from deeprob_perception.bags import open_bag
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
 from deeprob_perception.messages.images import to_array, to_bgr
-from deeprob_perception.replay import MASK, truth_topic
+from deeprob_perception.replay import truth_topic
+from deeprob_perception.replay_tasks import MASK
 from deeprob_perception.segmentation import overlay
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.timing import Samples

@@ -25,7 +25,8 @@ from deeprob_perception.demo.processes import Diagnostics, Process, isolated_env
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
-from deeprob_perception.replay import LABEL_INFO, MASK, truth_topic
+from deeprob_perception.replay import truth_topic
+from deeprob_perception.replay_tasks import LABEL_INFO, MASK
 from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.share import share_dir
 

@@ -76,7 +76,10 @@ def fastest(
 def measure(engine: Engine) -> float:
     """Return the median time of one frame's labels, ms."""
     random = np.random.default_rng(0)
-    images = {s.name: random.integers(0, 256, s.shape, dtype=np.uint8) for s in engine.inputs}
+    images = {
+        s.name: random.integers(0, 256, s.shape, dtype=np.uint8) if s.dtype == np.uint8 else np.zeros(s.shape, s.dtype)
+        for s in engine.inputs
+    }
     wanted = (engine.outputs[0].name,)
     times: list[float] = []
     end = time.perf_counter() + SECONDS

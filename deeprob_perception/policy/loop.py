@@ -13,6 +13,7 @@ from deeprob_perception.policy.leap import LeapPolicy
 from deeprob_perception.policy.reach import ReachPolicy
 from deeprob_perception.policy.readings import Goal, JointReadings
 from deeprob_perception.policy.safety import DISARMED, MOVING, Limits, Safety, Setpoint
+from deeprob_perception.policy.workspace import Workspace
 from deeprob_perception.robots import Robot
 from deeprob_perception.timing import Samples
 
@@ -65,6 +66,7 @@ class ControlLoop:
         self.goal = Goal()
         self.needs_goal = not isinstance(policy, LeapPolicy)
         self.goal_max_age = goal_max_age
+        self._workspace = Workspace(robot, policy.tip) if isinstance(policy, ReachPolicy) else None
         self.self_model: SelfModel | None = None
         self.look_failure = ""
         self.times = Samples(WINDOW)
@@ -122,11 +124,8 @@ class ControlLoop:
         return ""
 
     def _act(self, positions: np.ndarray) -> Command:
-        goal = self.goal.position
-        if self.needs_goal and goal is None:
-            goal = np.zeros(3)  # while only looking: some goal, as the self-model's answer does not depend on it
         with np.errstate(invalid="ignore", over="ignore"):  # a NaN is refused by name, not warned of by numpy
-            command = self.policy.act(positions, goal)
+            command = self.policy.act(positions, self.goal.position)
         if command.joint_positions is not None and np.isfinite(command.joint_positions).all():
             true = self.robot.forward_kinematics(positions)[:, :3, 3]
             self.self_model = SelfModel(command.joint_positions, true)
@@ -136,9 +135,8 @@ class ControlLoop:
         if not self.needs_goal or self.safety.state == DISARMED:
             return None
         refused = self.goal.refusal(now, self.goal_max_age)
-        if refused is None and isinstance(self.policy, ReachPolicy) and self.goal.position is not None:
-            reason = self.policy.unreachable(self.goal.position)
-            refused = ("goal_unreachable", reason) if reason else None
+        if refused is None and self._workspace is not None and self.goal.position is not None:
+            return self._workspace.refusal(self.goal.position)
         return refused
 
 

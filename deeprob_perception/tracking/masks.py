@@ -107,27 +107,35 @@ class MaskTracker:
         held = np.maximum.reduce([s[..., 1:].max(-1) for _, s in context]) > 0
         if not held.any():
             return shares
-        rows, columns = np.flatnonzero(held.any(1)), np.flatnonzero(held.any(0))
-        top, bottom = max(0, rows[0] - radius), min(height, rows[-1] + 1 + radius)
-        left, right = max(0, columns[0] - radius), min(width, columns[-1] + 1 + radius)
-        first, last = max(0, left - radius), min(width, right + radius)  # columns in reach
-        above, below = max(0, top - radius), min(height, bottom + radius)
-        # [rows, T, columns, ...]: the rows in reach of one row are one block then, without a copy.
-        keys = np.ascontiguousarray(np.stack([f[above:below, first:last] for f, _ in context], 1))
-        votes = np.stack([s[above:below, first:last] for _, s in context], 1)
-        frames, reach = keys.shape[1], last - first
-        far = np.abs(np.arange(left, right)[:, None] - np.arange(first, last)) > radius
-        penalty = np.where(far, np.float32(-4), np.float32(0))  # below any cosine
-        for y in range(top, bottom):
-            start, end = max(above, y - radius) - above, min(below, y + radius + 1) - above
-            likeness = features[y, left:right] @ keys[start:end].reshape(-1, channels).T  # [columns, rows * T * reach]
-            likeness = likeness.reshape(right - left, (end - start) * frames, reach)
-            likeness += penalty[:, None]
-            where, best = top_of_groups(likeness, settings.top_k)
-            weights = np.exp((best - best[:, :1]) / settings.temperature)
-            weights /= weights.sum(1, keepdims=True)
-            chosen = votes[start:end].reshape(-1, votes.shape[-1])[where]  # [columns, top_k, K + 1]
-            shares[y, left:right] = np.einsum("nk,nkc->nc", weights, chosen)
+        reach = 2 * radius + 1
+        near = cv2.dilate(held.astype(np.uint8), np.ones((reach, reach), np.uint8))
+        high, wide = max(2, radius // 2 + 1), max(4, radius)  # of a tile: few patches out of reach, and products of some size
+        for left in range(0, width, wide):
+            right = min(width, left + wide)
+            first, last = max(0, left - radius), min(width, right + radius)
+            rows = np.flatnonzero(near[:, left:right].any(1))
+            if not len(rows):
+                continue
+            above, below = max(0, rows[0] - radius), min(height, rows[-1] + 1 + radius)
+            # [rows, T, columns, ...]: the rows in reach of a tile are one block then, without a copy for each.
+            keys = np.ascontiguousarray(np.stack([f[above:below, first:last] for f, _ in context], 1))
+            votes = np.stack([s[above:below, first:last] for _, s in context], 1)
+            beside = np.abs(np.arange(left, right)[:, None] - np.arange(first, last)) > radius
+            for top in range(rows[0], rows[-1] + 1, high):
+                bottom = min(rows[-1] + 1, top + high)
+                if not near[top:bottom, left:right].any():
+                    continue
+                start, end = max(above, top - radius), min(below, bottom + radius)
+                apart = np.abs(np.arange(top, bottom)[:, None] - np.arange(start, end)) > radius
+                far = apart[:, None, :, None] | beside[None, :, None, :]  # [tile, rows, columns]
+                far = np.where(far, np.float32(-4), np.float32(0)).reshape(-1, end - start, 1, last - first)
+                block = keys[start - above : end - above]
+                query = features[top:bottom, left:right].reshape(-1, channels)
+                likeness = query @ block.reshape(-1, channels).T  # [tile, rows * T * columns]
+                likeness = likeness.reshape(len(query), end - start, len(context), last - first)
+                likeness += far  # below any cosine
+                found = vote(likeness.reshape(len(query), -1, last - first), votes[start - above : end - above], settings)
+                shares[top:bottom, left:right] = found.reshape(bottom - top, right - left, -1)
         return shares
 
     def _find_again(self, features: np.ndarray, shares: np.ndarray, k: int) -> None:
@@ -157,6 +165,18 @@ class MaskTracker:
         more = ((0, 0), (0, 0), (0, count))
         self._given = [(f, np.pad(s, more)) for f, s in self._given]
         self._recent = deque(((f, np.pad(s, more)) for f, s in self._recent), self.settings.context)
+
+
+def vote(likeness: np.ndarray, votes: np.ndarray, settings: Propagation) -> np.ndarray:
+    """Return the shares `[n, K + 1]` of patches, by the likest of the context.
+
+    :param likeness: `[n, G, S]`. :param votes: shares of the same patches, `[..., K + 1]`, G * S in all.
+    """
+    where, best = top_of_groups(likeness, settings.top_k)
+    weights = np.exp((best - best[:, :1]) / settings.temperature)
+    weights /= weights.sum(1, keepdims=True)
+    chosen = votes.reshape(-1, votes.shape[-1])[where]  # [n, top_k, K + 1]
+    return np.einsum("nk,nkc->nc", weights, chosen)
 
 
 def top_of_groups(likeness: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:

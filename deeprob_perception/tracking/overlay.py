@@ -34,7 +34,9 @@ class TrackOverlay:
         there = set()
         for number, (x, y), visible in zip(tracks.ids.tolist(), tracks.points.tolist(), tracks.visible.tolist(), strict=True):
             there.add(number)
-            if visible:
+            if not visible:
+                self._ways.pop(number, None)  # where it was meanwhile is not known
+            else:
                 way = self._ways.setdefault(number, deque(maxlen=max(1, self.trail)))
                 if way.maxlen != max(1, self.trail):
                     way = self._ways[number] = deque(way, max(1, self.trail))

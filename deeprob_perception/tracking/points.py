@@ -38,8 +38,8 @@ class Following:
     spacing: float = 12.0
     there_and_back: float = 1.5
     alike: float = 0.6
-    doubt: float = 0.5
-    picture: float = 0.85
+    doubt: float = 0.8
+    picture: float = 0.8
     search: int = 4
     temperature: float = 0.05
     patience: int = 60
@@ -110,7 +110,8 @@ class PointTracker:
         ok &= self.visible
         confidence = (sample(features, places, grey.shape) * self._templates).sum(1)
         sure = ok & (confidence >= settings.alike)
-        asked = np.flatnonzero(~sure)
+        # What has been out of sight for a while is looked for in every third frame.
+        asked = np.flatnonzero(~sure & ((self._missing < 3) | ((self._missing + self.ids) % 3 == 0)))
         if len(asked):
             found, cosine, mutual = self._by_features(asked, before, features, grey.shape)
             trusted = ok[asked] & (cosine - confidence[asked] < settings.doubt)

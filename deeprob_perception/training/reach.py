@@ -12,7 +12,6 @@ import json
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from torch import Tensor, nn
 
 from deeprob_perception.errors import DataError
-from deeprob_perception.nets.get import GraphEmbodimentTransformer
+from deeprob_perception.nets.reacher import VARIANTS, build
 from deeprob_perception.policy import expert
 from deeprob_perception.policy.tokens import LAYOUT, SCALE, TOKEN, State, fixed, tokens
 from deeprob_perception.robots.batch import RobotBatch
@@ -33,12 +32,6 @@ from deeprob_perception.training.segmentation import autocast_for, save_atomical
 
 JOINTS = 9  # of the robots that are trained on; the network itself takes up to 16
 SLOTS = 16
-VARIANTS: dict[str, dict[str, Any]] = {
-    "get": {},
-    "no_graph": dict(spatial=False, parent=False, child=False),
-    "no_self_model": dict(self_model=False),
-    "mlp": dict(mlp=True),
-}
 SHAPE = ("variant", "width", "heads", "layers", "feedforward")  # of the settings: what the network is built from
 COLUMN = slice(25, 28)  # of a token: the joint's column of the Jacobian, of reach
 LARGEST = 3.0  # of an action that is taught: near a singularity the expert asks for more, which no joint can do
@@ -70,35 +63,10 @@ class Settings:
     seed: int = 0
 
 
-class FlatNet(nn.Module):
-    """The baseline without attention: all tokens in one vector, all actions out of it."""
-
-    def __init__(self, width: int, layers: int = 4):
-        super().__init__()
-        sizes = [SLOTS * TOKEN, *([4 * width] * layers)]
-        self.body = nn.Sequential(*(m for a, b in pairwise(sizes) for m in (nn.Linear(a, b), nn.GELU())))
-        self.action = nn.Linear(sizes[-1], SLOTS)
-        self.forward_kinematics = nn.Linear(sizes[-1], SLOTS * 3)
-
-    def forward(self, tokens: Tensor, padding: Tensor | None = None, **graph: Tensor) -> dict[str, Tensor]:
-        batch, joints, size = tokens.shape
-        x = self.body(nn.functional.pad(tokens, (0, 0, 0, SLOTS - joints)).reshape(batch, SLOTS * size))
-        return {
-            "action": self.action(x)[:, :joints],
-            "forward_kinematics": self.forward_kinematics(x).reshape(batch, SLOTS, 3)[:, :joints],
-        }
-
-
-def build(settings: Settings) -> nn.Module:
-    """Return the network of a variant, with random weights."""
-    options = dict(VARIANTS[settings.variant])
-    if options.pop("mlp", False):
-        return FlatNet(settings.width)
-    outputs = {"action": 1} if not options.pop("self_model", True) else {"action": 1, "forward_kinematics": 3}
-    return GraphEmbodimentTransformer(
-        TOKEN, settings.width, settings.heads, settings.layers, settings.feedforward, dropout=0.0, outputs=outputs,
-        head_units=settings.width, input_norm=False, max_joints=SLOTS, **options,
-    )  # fmt: skip
+def recipe_of(settings: Settings) -> dict[str, Any]:
+    """Return what a network is built from, and what its inputs mean."""
+    shape = {key: value for key, value in asdict(settings).items() if key in SHAPE}
+    return {"task": "reach", "backbone": settings.variant, "layout": LAYOUT, "token": TOKEN, "slots": SLOTS, **shape}
 
 
 def draw(robots: RobotBatch, states: int, random: np.random.Generator) -> np.ndarray:
@@ -211,7 +179,7 @@ def train(out: Path, settings: Settings, resume: bool = False) -> dict[str, floa
     random = np.random.default_rng(s.seed)
     school = School(generate(s.robots, s.seed, JOINTS))
     validation = School(generate(150, s.seed + 10**6, JOINTS))
-    net = build(s)
+    net = build(recipe_of(s))
     optimizer = torch.optim.AdamW(net.parameters(), s.learning_rate, betas=(0.9, 0.98), weight_decay=s.weight_decay)
     schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, s.steps, s.warmup_steps))
     out.mkdir(parents=True, exist_ok=True)
@@ -315,10 +283,5 @@ def keep(net: nn.Module, settings: Settings, out: Path) -> None:
     """Write the weights with what they are for, in a file that `deeprob export` reads."""
     from deeprob_perception.zoo import save_checkpoint
 
-    shape = {key: value for key, value in asdict(settings).items() if key in SHAPE}
-    recipe = {
-        "task": "reach", "backbone": "get" if settings.variant != "mlp" else "mlp", "layout": LAYOUT, "slots": SLOTS,
-        **shape,
-    }  # fmt: skip
-    save_checkpoint(out / f"{settings.variant}.safetensors", net.state_dict(), recipe)
+    save_checkpoint(out / f"{settings.variant}.safetensors", net.state_dict(), recipe_of(settings))
     (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
