@@ -88,6 +88,7 @@ setup(
             "deeprob = deeprob_perception.cli:main",
             "segmentation = deeprob_perception.nodes.segmentation:main",
             "tracking = deeprob_perception.nodes.tracking:main",
+            "policy = deeprob_perception.nodes.policy:main",
         ]
     },
 )

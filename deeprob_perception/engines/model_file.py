@@ -15,7 +15,14 @@ from deeprob_perception.errors import ModelError
 CONTRACT = "1"
 PREFIX = "deeprob."
 # task -> metadata that it cannot do without
-REQUIRED = {"segmentation": ("name", "classes", "palette"), "features": ("name", "patch_size"), "reach": ("name", "layout")}
+REQUIRED = {
+    "segmentation": ("name", "classes", "palette"),
+    "features": ("name", "patch_size"),
+    "reach": ("name", "layout"),
+    "leap_rotation": ("name",),
+}
+# a policy's task -> its action and its self-model's answer, which it may lack
+POLICY_OUTPUTS = {"reach": ("action", "forward_kinematics"), "leap_rotation": ("policy", "policy_forward_kinematics")}
 
 
 @dataclass(frozen=True)
@@ -174,23 +181,33 @@ def check_features(model: ModelFile) -> None:
 
 
 def check_policy(model: ModelFile) -> None:
-    """Raise ModelError unless tokens and padding go in, with matrices of their size, and one action a token comes out."""
-    inputs, outputs = {s.name: s for s in model.inputs}, {s.name: s for s in model.outputs}
-    tokens = inputs.get("tokens")
-    if tokens is None or tokens.dtype != np.float32 or len(tokens.shape) != 3 or tokens.shape[0] != 1:
-        raise breach(model, f"it takes {tokens or 'no tokens'}, not float32 [1, N, F]")
-    slots = tokens.shape[1]
-    square, row = (1, slots, slots), (1, slots)
-    expected = {"distance": square, "parent": square, "child": square, "padding": row}
+    """Raise ModelError unless tokens and graph come in and an action for each of N joints goes out.
+
+    Inputs: `tokens` float32 `[1, N, F]`; `distance`, `parent`, `child` int `[1, N, N]` and `padding` bool `[1, N]`, of which a
+    network that does not look at the graph may lack some. Outputs: the action float32 `[1, N]` or `[1, N, 1]`, and `[1, N, 3]`.
+    """
+    wrong = partial(breach, model)
+    inputs, outputs = ({s.name: s for s in specs} for specs in (model.inputs, model.outputs))
+    if "tokens" not in inputs or inputs["tokens"].dtype != np.float32 or len(inputs["tokens"].shape) != 3:
+        raise wrong(f"its input tokens is {inputs.get('tokens', 'missing')}, not float32 [1, N, F]")
+    count = inputs["tokens"].shape[1]
+    shapes = {"tokens": (1, *inputs["tokens"].shape[1:]), "padding": (1, count)}
     for name, spec in inputs.items():
-        if name != "tokens" and expected.get(name) != spec.shape:
-            raise breach(model, f"its input is {spec}; besides tokens there are {', '.join(expected)} for {slots} joints")
-    action = outputs.get("action")
-    if action is None or action.dtype != np.float32 or action.shape != row:
-        raise breach(model, f"its action is {action or 'missing'}, not float32 [1, {slots}]")
-    believed = outputs.get("forward_kinematics")
-    if believed is not None and (believed.dtype != np.float32 or believed.shape != (1, slots, 3)):
-        raise breach(model, f"its output is {believed}, not float32 [1, {slots}, 3]")
+        if name not in (*shapes, "distance", "parent", "child"):
+            raise wrong(f"it has an input {name!r}")
+        shape = shapes.get(name, (1, count, count))
+        if spec.shape != shape or spec.dtype.kind != {"tokens": "f", "padding": "b"}.get(name, "i"):
+            raise wrong(f"its input is {spec}, which does not fit {count} joints")
+    action, places = POLICY_OUTPUTS[model.metadata["task"]]
+    if action not in outputs or outputs[action].shape not in ((1, count), (1, count, 1)):
+        raise wrong(f"its output {action} is {outputs.get(action, 'missing')}, not [1, {count}]")
+    if places in outputs and outputs[places].shape != (1, count, 3):
+        raise wrong(f"its output is {outputs[places]}, not [1, {count}, 3]")
 
 
-CHECKS = {"segmentation": check_segmentation, "features": check_features, "reach": check_policy}
+CHECKS = {
+    "segmentation": check_segmentation,
+    "features": check_features,
+    "reach": check_policy,
+    "leap_rotation": check_policy,
+}
