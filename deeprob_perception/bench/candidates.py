@@ -58,9 +58,9 @@ def of(models: Sequence[ModelFile], backends: Sequence[str], threads: int) -> tu
 
 
 class Runner:
-    """A candidate that runs, from 8-bit picture to 8-bit labels. Made in a process of its own.
+    """A candidate that runs, from 8-bit picture to labels or features. Made in a process of its own.
 
-    :param images: uint8 `[1, H, W, 3]` BGR each; the frames that turns and labels count through.
+    :param images: uint8 `[1, H, W, 3]` BGR each; the frames that turns and answers count through.
     :raises EngineError: when it cannot be loaded, or would compute in another precision than it is named for.
     """
 
@@ -78,17 +78,18 @@ class Runner:
             )
             if engine.precision != candidate.precision:
                 raise EngineError(f"it computes in {engine.precision} here")
-            self._run = lambda image: engine(image=image, outputs=("labels",))["labels"]
+            name = engine.outputs[0].name
+            self._run = lambda image: engine(image=image, outputs=(name,))[name]
             self.device = "cpu" if is_cpu(engine.device) else "cuda"
-        self.labels(0)
+        self.answer(0)
         self._first_frame_s = (perf_counter_ns() - start) / 1e9
 
     def facts(self) -> dict[str, Any]:
-        """Return `first_frame_s`, from nothing imported or loaded to the first labels; `device`; and `remote.memory`."""
+        """Return `first_frame_s`, from nothing imported or loaded to the first answer; `device`; and `remote.memory`."""
         return {"first_frame_s": self._first_frame_s, "device": self.device, **remote.memory()}
 
-    def labels(self, number: int) -> np.ndarray:
-        """Return the labels of a frame, uint8 `[1, H, W]`."""
+    def answer(self, number: int) -> np.ndarray:
+        """Return the labels of a frame, uint8 `[1, H, W]`, or its features, float32 `[1, h, w, C]`."""
         return self._run(self._images[number % len(self._images)])
 
     def turn(self, number: int, frames: int) -> list[float]:
@@ -96,11 +97,11 @@ class Runner:
 
         That one wakes sleeping threads, refills caches, and outlasts the spinning workers of whoever ran before.
         """
-        self.labels(number)
+        self.answer(number)
         found = []
         for i in range(frames):
             start = perf_counter_ns()
-            self.labels(number + 1 + i)
+            self.answer(number + 1 + i)
             found.append((perf_counter_ns() - start) / 1e6)
         return found
 

@@ -128,6 +128,7 @@ def bench(options: Options, say: Callable[[str], None] = lambda text: None) -> d
         "work": {"gflop": work.gflop, "weights": work.weights, "activations": work.activations},
         "limits": measured_limits,
         "no_rate": missing,
+        "agreement_of": "features" if models[0].metadata["task"] == "features" else "labels",
         "reference": label(reference.candidate, models),
         "baseline": label(baseline.candidate, models),
         "skipped": skipped,
@@ -143,7 +144,7 @@ def read(paths: Sequence[Path]) -> list[ModelFile]:
     for model in models[1:]:
         for what, own, first in (
             ("takes", str(model.inputs[0]), str(models[0].inputs[0])),
-            ("knows the classes", model.metadata["classes"], models[0].metadata["classes"]),
+            ("gives", gives(model), gives(models[0])),
         ):
             if own != first:
                 raise ModelError(f"{model.path} {what} {own}, {models[0].path} {first}: compare models of one kind")
@@ -178,15 +179,27 @@ def start(candidate: Candidate, images: list[np.ndarray], options: Options, stac
 def compare(
     runs: list[Measured], reference: Measured, images: list[np.ndarray], skipped: dict[str, str], models: Sequence[ModelFile]
 ) -> None:
-    """Note each run's share of labels that equal the reference's; a run that fails is taken out."""
-    expected = [reference.remote.call("labels", i) for i in range(len(images))]
+    """Note how each run's answers are like the reference's (`likeness`); a run that fails is taken out."""
+    expected = [reference.remote.call("answer", i) for i in range(len(images))]
     for run in list(runs):
         try:
-            got = [run.remote.call("labels", i) for i in range(len(images))]
+            got = [run.remote.call("answer", i) for i in range(len(images))]
         except EngineError as error:
             give_up(run, runs, error, skipped, models)
             continue
-        run.agreement = float(np.mean([(a == b).mean() for a, b in zip(got, expected, strict=True)]))
+        run.agreement = float(np.mean([likeness(a, b) for a, b in zip(got, expected, strict=True)]))
+
+
+def gives(model: ModelFile) -> str:
+    """Return what a model's answers mean: its classes, or that they are features."""
+    return model.metadata.get("classes", model.metadata["task"])
+
+
+def likeness(answer: np.ndarray, expected: np.ndarray) -> float:
+    """Return the share of equal labels, or the mean cosine of features of unit length."""
+    if answer.dtype == np.uint8:
+        return float((answer == expected).mean())
+    return float((answer * expected).sum(-1).mean())
 
 
 def give_up(

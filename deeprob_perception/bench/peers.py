@@ -2,7 +2,8 @@
 """What users would run instead of an engine, on the same weights: torch, torch.compile, transformers, plain ONNX Runtime.
 
 Each takes the model file and a number of threads and returns a callable, uint8 `[1, H, W, 3]` BGR -> labels uint8
-`[1, H, W]`, and the device that it computes on, `cpu` or `cuda`. torch's take a GPU where torch has one, as users would.
+`[1, H, W]` or features float32 `[1, h, w, C]`, and the device that it computes on, `cpu` or `cuda`. torch's take a GPU
+where torch has one, as users would.
 """
 
 import shutil
@@ -52,6 +53,8 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
     from deeprob_perception.nets import swin
 
     recipe, state = zoo.load_checkpoint(model)
+    if recipe["task"] != "segmentation":
+        raise EngineError("compared for segmentation only")
     options = swin.VARIANTS[recipe["backbone"]]
     if recipe["head"] != "upernet" or options.get("conv_stem"):
         raise EngineError(f"transformers has no {recipe['backbone']} with the head {recipe['head']}")
@@ -93,10 +96,11 @@ def plain_onnxruntime(model: Path, threads: int) -> tuple[Run, str]:
 
     providers = [p for p in onnxruntime.get_available_providers() if p in ("CUDAExecutionProvider", "CPUExecutionProvider")]
     session = onnxruntime.InferenceSession(str(model), providers=providers)
+    name = session.get_outputs()[0].name
 
     def run(image: np.ndarray) -> np.ndarray:
-        labels: np.ndarray = session.run(["labels"], {"image": image})[0]
-        return labels
+        answer: np.ndarray = session.run([name], {"image": image})[0]
+        return answer
 
     return run, "cuda" if session.get_providers()[0] == "CUDAExecutionProvider" else "cpu"
 
@@ -112,7 +116,7 @@ PEERS: dict[str, Callable[[Path, int], tuple[Run, str]]] = {
 
 def ours(model: Path) -> "tuple[dict[str, Any], nn.Module]":
     from deeprob_perception import zoo
-    from deeprob_perception.nets.segmenter import build
+    from deeprob_perception.checkpoints import build
 
     recipe, state = zoo.load_checkpoint(model)
     net = build(recipe)
@@ -123,8 +127,12 @@ def ours(model: Path) -> "tuple[dict[str, Any], nn.Module]":
 def from_pictures(
     net: Any, recipe: dict[str, Any], threads: int, logits: Callable[[Any], Any] = lambda output: output
 ) -> tuple[Run, str]:
-    """Put normalisation before a network and the arg-max behind it, all on the network's device."""
+    """Put normalisation before a network and the arg-max (or unit length) behind it, all on the network's device."""
     import torch
+
+    from deeprob_perception.nets.image_graph import features_of, labels_of
+
+    finish = features_of if recipe["task"] == "features" else labels_of
 
     if threads:
         torch.set_num_threads(threads)
@@ -135,7 +143,7 @@ def from_pictures(
     def run(image: np.ndarray) -> np.ndarray:
         with torch.inference_mode():
             rgb = torch.from_numpy(image).to(device).flip(-1).permute(0, 3, 1, 2).float()
-            labels: np.ndarray = logits(net((rgb - mean) / std)).argmax(1).to(torch.uint8).cpu().numpy()
-        return labels
+            answer: np.ndarray = finish(logits(net((rgb - mean) / std))).cpu().numpy()
+        return answer
 
     return run, device

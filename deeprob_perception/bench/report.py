@@ -35,6 +35,7 @@ def engine_section(report: dict[str, Any], picture: str | None = None) -> str:
     model, several = report["models"][0], len(report["models"]) > 1
     work = report["work"]
     files = ", ".join(f"{m['name']} (sha256 {m['sha256'][:16]}, {m['precision']})" for m in report["models"])
+    how = "mean cosine of features with those of" if report.get("agreement_of") == "features" else "labels equal to those of"
     lines = [
         f"### {model['name']}, {model['input'][1]}x{model['input'][2]}, {report['threads'] or 'all'} threads",
         "",
@@ -42,7 +43,7 @@ def engine_section(report: dict[str, Any], picture: str | None = None) -> str:
         f"Model: {files}; {work['gflop']:.1f} GFLOP a frame, {work['weights'] / 1e6:.1f} M weights, "
         f"{work['activations'] / 1e6:.1f} M activations. Pictures: {bag_name(report)}.",
         f"{report['rounds']} rounds of {report['frames_a_turn']} frames, the candidates taking turns, each in a process of its "
-        f"own. x: times faster than {report['baseline']}. Agreement: labels equal to those of {report['reference']}.",
+        f"own. x: times faster than {report['baseline']}. Agreement: {how} {report['reference']}.",
         "",
     ]
     if picture:
