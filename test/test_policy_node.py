@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The policy node, live: a process of its own, joint states and goals in, trajectories out, and every reason to hold."""
 
+import sys
 import time
 from itertools import pairwise
 
@@ -9,9 +10,14 @@ import pytest
 from policy_models import JOINTS, LOWER, UPPER, hand, leap_model, reach_model, urdf
 from ros_harness import LATCHED, PATIENCE, RELIABLE, Probe, Process, isolated_ros
 
+from deeprob_perception.nodes.commands import Commander, markers
+from deeprob_perception.nodes.goal_frames import GoalFrames
+from deeprob_perception.policy.loop import SelfModel
+from deeprob_perception.policy.safety import Setpoint
 from deeprob_perception.robots import Robot, parse
 
-from geometry_msgs.msg import PointStamped  # isort: skip
+from builtin_interfaces.msg import Time  # isort: skip
+from geometry_msgs.msg import PointStamped, TransformStamped  # isort: skip
 from sensor_msgs.msg import JointState  # isort: skip
 from std_msgs.msg import Float64MultiArray, String  # isort: skip
 from std_srvs.srv import SetBool, Trigger  # isort: skip
@@ -267,7 +273,8 @@ def test_it_does_not_start_far_from_where_it_was_commanded_until_reset(arm):
 def test_a_robot_that_does_not_follow_is_not_left_behind_by_more_than_max_gap(arm):
     arm.move()
     arm.follows = False
-    arm.goal = tip(np.array([-1.9, 0.6, -0.4, 0.1]))
+    x, y, z = tip(arm.q)
+    arm.goal = np.array([x, y, z]) + np.array([y, -x, 0]) / np.hypot(x, y) * 0.3  # straight across, which the pan does best
     arm.until(lambda: arm.refused("gap_limit") > 3, "commands that are cut")
     ahead = np.abs(arm.commands[-1][0] - arm.q)
     assert ahead.max() > 0.0599 and (ahead <= np.array([0.06, 0.06, 0.06, 0.03]) + ROUNDING).all()
@@ -340,3 +347,69 @@ def test_a_model_or_robot_file_that_cannot_be_loaded_leaves_the_node_up_with_the
         assert process.stop() == 0, process.output
     finally:
         probe.close()
+
+
+class FakeTf2:
+    """Stands in for the package tf2_ros, which is not on PyPI: one transform, a quarter turn about z and a shift."""
+
+    class Buffer:
+        def lookup_transform(self, target, source, when):
+            if (target, source) != ("left_base", "map"):
+                raise LookupError(f"no frame {source}")
+            found = TransformStamped()
+            found.transform.rotation.z = found.transform.rotation.w = 0.5**0.5
+            found.transform.translation.x = 1.0
+            return found
+
+    class TransformListener:
+        def __init__(self, buffer, node):
+            pass
+
+        def unregister(self):
+            pass
+
+
+def test_goals_come_from_the_root_the_robots_own_links_and_tf2(monkeypatch):
+    robot, point = Robot(parse(urdf()), None, "tool"), np.array([0.1, 0.2, 0.3])
+    monkeypatch.setitem(sys.modules, "tf2_ros", FakeTf2)
+    frames = GoalFrames(None, "left_")
+    np.testing.assert_array_equal(frames.to_root(robot, HOME, "left_base", point), point)
+    pose = robot.forward_kinematics(HOME, ["fore"])[0]
+    np.testing.assert_allclose(frames.to_root(robot, HOME, "left_fore", point), pose[:3, :3] @ point + pose[:3, 3])
+    np.testing.assert_allclose(frames.to_root(robot, HOME, "map", point), [0.8, 0.1, 0.3], atol=1e-12)
+    assert "not known yet" in frames.to_root(robot, HOME * np.nan, "left_fore", point)
+    assert "no frame odom" in frames.to_root(robot, HOME, "odom", point)
+    assert "the robot's root frame is left_base" in frames.to_root(robot, HOME, "", point)
+    monkeypatch.setitem(sys.modules, "tf2_ros", None)
+    assert "tf2 is not installed" in GoalFrames(None, "left_").to_root(robot, HOME, "map", point)
+
+
+def test_messages_have_the_controllers_order_and_end_at_rest_unless_streaming():
+    setpoint = Setpoint(np.array([1.0, 2.0]), np.array([0.1, -0.2]), np.array([1.0025, 1.995]))
+    still = Setpoint(setpoint.halt, np.zeros(2), setpoint.halt)
+    stamp = Time(sec=3)
+    swapped = Commander(("a", "b"), ("b", "a"), 0.05, False)
+    message = swapped.message("joint_trajectory", setpoint, stamp)
+    assert message.joint_names == ["b", "a"] and message.header.stamp == Time()
+    assert [list(p.positions) for p in message.points] == [[2.0, 1.0], [1.995, 1.0025]]
+    assert [list(p.velocities) for p in message.points] == [[-0.2, 0.1], [0.0, 0.0]]
+    assert [p.time_from_start.nanosec for p in message.points] == [50_000_000, 100_000_000]
+    assert len(swapped.message("joint_trajectory", still, stamp).points) == 1
+    streamed = Commander(("a", "b"), (), 2.0, True).message("joint_trajectory", setpoint, stamp)
+    assert len(streamed.points) == 1 and list(streamed.points[0].velocities) == [0.1, -0.2]
+    assert (streamed.points[0].time_from_start.sec, streamed.points[0].time_from_start.nanosec) == (2, 0)
+    state = swapped.message("joint_command", setpoint, stamp)
+    assert (state.name, list(state.position), list(state.velocity)) == (["b", "a"], [2.0, 1.0], [-0.2, 0.1])
+    assert state.header.stamp == stamp
+    assert list(swapped.message("commands", setpoint, stamp).data) == [2.0, 1.0]
+
+
+def test_markers_show_where_joints_are_and_where_they_are_believed_to_be():
+    pytest.importorskip("visualization_msgs")
+    robot = Robot(parse(urdf()), None, "tool")
+    message = markers(SelfModel(robot, HOME, np.ones((4, 3))), "base", Time(sec=1))
+    true, believed = message.markers
+    places = robot.forward_kinematics(HOME)[:, :3, 3]
+    np.testing.assert_allclose([(p.x, p.y, p.z) for p in true.points], places)
+    assert true.header.frame_id == believed.header.frame_id == "base"
+    assert [(p.x, p.y, p.z) for p in believed.points] == [(1, 1, 1)] * 4 and believed.color.r > believed.color.g

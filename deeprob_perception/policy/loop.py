@@ -2,6 +2,7 @@
 """One robot under one policy: readings and goal in, setpoints out, a step a control period. No clock, no ROS."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from time import perf_counter
 
 import numpy as np
@@ -40,10 +41,16 @@ def policy_of(engine: Engine, robot: Robot, tip: str, rate: float) -> Policy:
 
 @dataclass(frozen=True)
 class SelfModel:
-    """Where the network believes the joints' frames are, and where they are by the URDF: `[n, 3]` each, m, root's frame."""
+    """Where the network believes the joints' frames to be, `[n, 3]`, m, in the root's frame, at the positions `[n]`."""
 
+    robot: Robot
+    positions: np.ndarray
     believed: np.ndarray
-    true: np.ndarray
+
+    @cached_property
+    def true(self) -> np.ndarray:
+        """Where they are by the URDF, `[n, 3]`; computed when somebody asks, as most steps nobody does."""
+        return self.robot.forward_kinematics(self.positions)[:, :3, 3]
 
     @property
     def error_mm(self) -> np.ndarray:
@@ -127,8 +134,7 @@ class ControlLoop:
         with np.errstate(invalid="ignore", over="ignore"):  # a NaN is refused by name, not warned of by numpy
             command = self.policy.act(positions, self.goal.position)
         if command.joint_positions is not None and np.isfinite(command.joint_positions).all():
-            true = self.robot.forward_kinematics(positions)[:, :3, 3]
-            self.self_model = SelfModel(command.joint_positions, true)
+            self.self_model = SelfModel(self.robot, positions.copy(), command.joint_positions)
         return command
 
     def _goal_refusal(self, now: float) -> tuple[str, str] | None:

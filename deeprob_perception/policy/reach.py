@@ -1,14 +1,16 @@
 # SPDX-License-Identifier: Apache-2.0
 """The reaching policy: a robot's state and a goal -> the next positions of its joints, by one network for all robots."""
 
+from dataclasses import replace
+
 import numpy as np
 
 from deeprob_perception.engines import Engine
 from deeprob_perception.errors import ModelError, RobotError
 from deeprob_perception.policy import expert
 from deeprob_perception.policy.command import Command
-from deeprob_perception.policy.tokens import LAYOUT, SCALE, fixed, tokens
-from deeprob_perception.robots.batch import RobotBatch, of_robot
+from deeprob_perception.policy.tokens import LAYOUT, SCALE, TOKEN, fixed, tokens
+from deeprob_perception.robots.batch import of_robot
 from deeprob_perception.robots.robot import Robot
 
 SLOWEST = 1.0  # rad/s or reach/s: the speed of a joint whose description names none
@@ -35,17 +37,18 @@ class ReachPolicy:
         self.engine, self.robot, self.tip = engine, robot, tip
         self._period = 1 / rate
         slots = next(spec for spec in engine.inputs if spec.name == "tokens").shape[1]
-        batch = of_robot(robot, tip, slots)
+        padded = of_robot(robot, tip, slots)
+        batch = of_robot(robot, tip)  # what is computed here need not be padded, and takes half the time for that
         still = ~np.isfinite(batch.velocity) | (batch.velocity <= 0)
         speed = np.where(batch.prismatic, batch.reach[:, None], 1.0) * SLOWEST
-        values = {**batch.__dict__, "velocity": np.where(still & ~batch.padding, speed, batch.velocity).astype(np.float32)}
-        self._batch = RobotBatch(**values)
+        self._batch = replace(batch, velocity=np.where(still, speed, batch.velocity).astype(np.float32))
         self._constant = fixed(self._batch)
-        graph = self._batch.graphs()
-        told = {"distance": graph.distance, "parent": graph.parent, "child": graph.child, "padding": self._batch.padding}
+        graph = padded.graphs()
+        told = {"distance": graph.distance, "parent": graph.parent, "child": graph.child, "padding": padded.padding}
         taken = {spec.name for spec in engine.inputs}
         self._inputs = {name: array for name, array in told.items() if name in taken}
-        self._count, self._slots = len(robot.joint_names), slots
+        self._count = len(robot.joint_names)
+        self._tokens = np.zeros((1, slots, TOKEN), np.float32)  # those of padding stay zero
         self._wanted = tuple(spec.name for spec in engine.outputs)
 
     def reset(self, positions: np.ndarray) -> None:
@@ -57,18 +60,18 @@ class ReachPolicy:
         :param positions: measured, float64 `[n]`, rad or m. :param goal: of the tip in the root's frame, `[3]`, m; None: stay.
         """
         positions = np.asarray(positions, np.float64)
-        state = np.zeros((1, 1, self._slots), np.float32)
-        state[0, 0, : self._count] = positions
+        state = positions.astype(np.float32).reshape(1, 1, -1)
         there = np.zeros((1, 1, 3), np.float32) if goal is None else np.asarray(goal, np.float32).reshape(1, 1, 3)
         told, seen = tokens(self._batch, self._constant, state, there)
-        found = self.engine(tokens=told[0], outputs=self._wanted, **self._inputs)
+        self._tokens[0, : self._count] = told[0, 0]
+        found = self.engine(tokens=self._tokens, outputs=self._wanted, **self._inputs)
         believed = None
         if "forward_kinematics" in found:
             believed = found["forward_kinematics"][0, : self._count].astype(np.float64) * float(self._batch.reach[0])
         if goal is None:
             return Command(positions.copy(), np.zeros(self._count), believed)
-        action = np.where(self._batch.padding, 0, found["action"])[:, None] * SCALE
-        after = expert.step(self._batch, action, seen.offset, state, self._period)[0, 0, : self._count].astype(np.float64)
+        action = found["action"][:, None, : self._count] * SCALE
+        after = expert.step(self._batch, action, seen.offset, state, self._period)[0, 0].astype(np.float64)
         after = np.clip(after, np.minimum(positions, self.robot.lower), np.maximum(positions, self.robot.upper))
         return Command(after, (after - positions) / self._period, believed)
 

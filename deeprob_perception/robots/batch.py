@@ -7,6 +7,7 @@ Shapes in comments: R robots, S states of each, n joints (padded).
 """
 
 from dataclasses import dataclass, fields
+from functools import cached_property
 
 import numpy as np
 
@@ -104,7 +105,7 @@ class RobotBatch:
         columns = np.where(self.prismatic[:, None, :, None], axes, np.cross(axes, tips[:, :, None] - places))
         return columns * self.carries[:, None, :, None]
 
-    @property
+    @cached_property
     def carries(self) -> np.ndarray:
         """True for the joints that move the tip, bool `[R, n]`."""
         found = np.zeros(self.parent.shape, bool)
@@ -114,7 +115,7 @@ class RobotBatch:
             joint = np.where(joint >= 0, self.parent[rows, joint], -1)
         return found
 
-    @property
+    @cached_property
     def reach(self) -> np.ndarray:
         """Return how long the stretched chain to the tip is, metres, float32 `[R]`: the unit of lengths for a policy."""
         lengths = np.linalg.norm(self.origins[..., :3, 3], axis=-1)
