@@ -67,9 +67,9 @@ def check_state(recipe: dict[str, Any], state: Mapping[str, Tensor], source: str
             expected = features.build(recipe).state_dict()
         elif recipe.get("task") == "backbone":
             net = segmenter.build({**recipe, "head": "fpn", "classes": ["any"]})
-            parts = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
+            whole = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
             # A plain encoder's neck belongs to the head that it was trained with.
-            expected = {name: t for name, t in parts.items() if not name.startswith("backbone.neck.")}
+            expected = {name: t for name, t in whole.items() if not name.startswith("backbone.neck.")}
         else:
             expected = segmenter.build(recipe).state_dict()
     wrong = {

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Published VMamba checkpoints -> our tensor names, which are the official ones: the classifiers, and mmsegmentation's with UPerNet."""
+"""Published VMamba checkpoints -> our tensor names, the official ones: classifiers, and mmsegmentation's with UPerNet."""
 
 import re
 from collections.abc import Mapping
@@ -61,9 +61,7 @@ def complete(state: State) -> None:
 
 def infer_recipe(state: State, config: dict[str, Any], source: str) -> dict[str, Any]:
     """Find the variant by its tensors' shapes."""
-    name = variants.find(
-        state, vmamba.VARIANTS, lambda name: vmamba.VMamba(**vmamba.VARIANTS[name]), "a VMamba", source
-    )
+    name = variants.find(state, vmamba.VARIANTS, lambda name: vmamba.VMamba(**vmamba.VARIANTS[name]), "a VMamba", source)
     recipe: dict[str, Any] = {"task": "backbone", "backbone": name}
     if "head.classify.weight" in state:
         recipe.update(task="segmentation", head="upernet", head_channels=state["head.classify.weight"].shape[1])

@@ -39,15 +39,14 @@ def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> nn.Module:
     :raises ModelError: for an unknown name, or an option that the architecture does not have, listing those that there are.
     """
     name = recipe["backbone"]
-    for variants, backbone in ARCHITECTURES:
-        if name in variants:
-            break
-    else:
+    found = next(((variants[name], backbone) for variants, backbone in ARCHITECTURES if name in variants), None)
+    if found is None:
         raise ModelError(f"unknown backbone {name!r}; there are: {', '.join(names())}")
+    variant, backbone = found
     options = {key: recipe[key] for key in OPTIONS if recipe.get(key)}
     taken = inspect.signature(backbone).parameters
     for key, value in options.items():
         if key not in taken:
             known = ", ".join(key for key in OPTIONS if key in taken) or "none"
             raise ModelError(f"the backbone {name} has no {key} (the recipe says {value}); its options are: {known}")
-    return backbone(**{**variants[name], "drop_path_rate": drop_path_rate, **options})
+    return backbone(**{**variant, "drop_path_rate": drop_path_rate, **options})

@@ -5,6 +5,8 @@ Gated convolutions in a pyramid, the control experiment for every scan. Paramete
 comments: B batch, C channels, H x W tokens of the stage.
 """
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -38,7 +40,7 @@ class MambaOut(nn.Module):
         super().__init__()
         self.channels = list(dims)
         self.downsample_layers = nn.ModuleList([Stem(dims[0])])
-        self.downsample_layers.extend(Downsample(a, b) for a, b in zip(dims[:-1], dims[1:], strict=True))
+        self.downsample_layers.extend(Downsample(a, b) for a, b in pairwise(dims))
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.stages = nn.ModuleList(
             nn.Sequential(*(GatedCnnBlock(dim, conv_ratio, rate) for rate in rates[sum(depths[:i]) : sum(depths[: i + 1])]))

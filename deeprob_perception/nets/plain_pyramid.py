@@ -35,7 +35,7 @@ class PlainNeck(nn.Module):
         return nn.Sequential(*layers)
 
     def forward(self, maps: list[Tensor], height: int, width: int) -> list[Tensor]:
-        """:param height: of the image, pixels: maps of a padded image are cut to `ceil(height / stride)`, likewise the width."""
+        """:param height: of the image, pixels: those of a padded one are cut to `ceil(height / stride)`, as is the width."""
         pyramid = [level(x) for level, x in zip(self.levels, maps, strict=True)]
         return [x[:, :, : -(-height // s), : -(-width // s)] for x, s in zip(pyramid, STRIDES, strict=True)]
 

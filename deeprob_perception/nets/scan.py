@@ -8,7 +8,7 @@ most 1, so that what vanishes vanishes rightly. Three forms of it, equal by test
 
 - on a CPU, step after step, all blocks in one operation: 2 sqrt(L) operations with Q near sqrt(L), and little memory traffic;
 - on a GPU, associative doubling in blocks and over them: about log2(L) operations, each over everything;
-- exported, blocks of 8 steps unrolled and doubling over their ends: plain ONNX operators, static shapes, few passes over memory.
+- exported, blocks of 8 steps unrolled and doubling over their ends: plain ONNX operators, static shapes, few passes.
 
 Shapes in comments: L steps, P blocks of Q steps; time comes first, as [Q, P, ...] where t = p Q + q, so that a step of all
 blocks lies in one piece.
@@ -109,7 +109,8 @@ def unrolled(scans: Sequence[tuple[Tensor, Tensor, bool]]) -> list[Tensor]:
     within, ends = [], []
     for a, b, reverse in scans:
         steps = list(zip(a.split(1), b.split(1), strict=True))  # each [1, P, ...]
-        products, states = [], []
+        products: list[Tensor] = []
+        states: list[Tensor] = []
         for factor, addend in steps[::-1] if reverse else steps:
             products.append(products[-1] * factor if products else factor)
             states.append(factor * states[-1] + addend if states else addend)
@@ -188,8 +189,9 @@ def two_levels(a: Tensor, b: Tensor, reverse: bool, within: Within) -> Tensor:
 
 def stepwise(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
     """Return the running products of a, and the states, over `[T, ...]`: T steps, each over all the rest."""
-    products, states = torch.empty_like(a, memory_format=torch.contiguous_format), torch.empty_like(
-        b, memory_format=torch.contiguous_format
+    products, states = (
+        torch.empty_like(a, memory_format=torch.contiguous_format),
+        torch.empty_like(b, memory_format=torch.contiguous_format),
     )
     products[0], states[0] = a[0], b[0]
     for t in range(1, len(a)):

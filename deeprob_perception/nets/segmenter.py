@@ -30,8 +30,9 @@ class SegmentationNet(nn.Module):
 def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> SegmentationNet:
     """Build the network that a recipe describes, with random weights.
 
-    :param recipe: `backbone` (one of `backbones.names()`), `head` (`fpn`, `upernet` or `segformer`), `classes` (names in id order), and,
-        where they differ from the usual, the backbone's options (`backbones.OPTIONS`) and `head_channels` (the width of the last two).
+    :param recipe: `backbone` (one of `backbones.names()`), `head` (`fpn`, `upernet` or `segformer`), `classes` (names in id
+        order), and, where they differ from the usual, the backbone's options (`backbones.OPTIONS`) and `head_channels` (the
+        width of the last two).
     :param drop_path_rate: stochastic depth while training.
     :raises ModelError: for an unknown name, listing those that there are.
     """

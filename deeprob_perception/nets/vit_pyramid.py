@@ -28,7 +28,7 @@ class ViTPyramid(vit.VisionTransformer):
         super().__init__(**options)
         if self.patch_size not in (8, 16):
             known = ", ".join(name for name, variant in VARIANTS.items() if variant["patch_size"] in (8, 16))
-            raise ModelError(f"a ViT with patches of {self.patch_size} gives no pyramid of strides 4 to 32; those that do: {known}")
+            raise ModelError(f"a ViT with patches of {self.patch_size} gives no map of stride 32; those that do: {known}")
         self.channels = [self.embed_dim] * 4
         self.neck = PlainNeck(self.embed_dim, self.patch_size)
 

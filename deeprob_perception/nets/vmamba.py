@@ -65,7 +65,7 @@ class VMamba(nn.Module):
         self.patch_embed = patch_embed(self.channels[0], first_version)
         rates = torch.linspace(0, drop_path_rate, sum(depths), device="cpu").tolist()
         self.layers = nn.ModuleList()
-        for i, depth in enumerate(depths):
+        for i in range(len(depths)):
             stage = nn.Module()
             stage.blocks = nn.ModuleList(
                 Block(self.channels[i], ssm_ratio, d_state, gate, conv_bias, mlp_ratio, rate)
@@ -112,7 +112,7 @@ class Block(nn.Module):
         height, width = x.shape[1:3]
         tokens = x.flatten(1, 2)  # [B, L, C]: back ends have kernels for norms and products of three axes
         tokens = tokens + self.drop_path(self.op(self.norm(tokens), height, width))
-        if self.mlp is not None:
+        if self.mlp is not None and self.norm2 is not None:
             tokens = tokens + self.drop_path(self.mlp(self.norm2(tokens)))
         return tokens.unflatten(1, (height, width))
 
