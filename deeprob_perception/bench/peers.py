@@ -52,8 +52,8 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
     from deeprob_perception.nets import swin
 
     recipe, state = zoo.load_checkpoint(model)
-    options = swin.VARIANTS[recipe["backbone"]]
-    if recipe["head"] != "upernet" or options.get("conv_stem"):
+    options = swin.VARIANTS.get(recipe["backbone"], {})
+    if recipe["head"] != "upernet" or not options or options.get("conv_stem"):
         raise EngineError(f"transformers has no {recipe['backbone']} with the head {recipe['head']}")
     backbone = transformers.SwinConfig(
         **{key: options[key] for key in ("embed_dim", "depths", "num_heads")},
