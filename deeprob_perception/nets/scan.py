@@ -86,7 +86,9 @@ def blocks(x: Tensor, size: int) -> Tensor:
     if len(x) == 1:
         return x[None]
     x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % size))
-    return x.reshape(-1, size, *x.shape[1:]).transpose(0, 1)
+    x = x.reshape(-1, size, *x.shape[1:]).transpose(0, 1)
+    # Steps must lie in one piece: with the order of a map's axes in memory Vim trains at a third of the speed.
+    return x if torch.compiler.is_exporting() else x.contiguous()
 
 
 def unblock(x: Tensor, length: int) -> Tensor:
