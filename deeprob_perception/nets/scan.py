@@ -87,7 +87,7 @@ def blocks(x: Tensor, size: int) -> Tensor:
         return x[None]
     x = F.pad(x, (0, 0) * (x.ndim - 1) + (0, -len(x) % size))
     x = x.reshape(-1, size, *x.shape[1:]).transpose(0, 1)
-    # Steps must lie in one piece: with the order of a map's axes in memory Vim trains at a third of the speed.
+    # Steps must lie in one piece, or every one of them walks through memory with strides.
     return x if torch.compiler.is_exporting() else x.contiguous()
 
 
