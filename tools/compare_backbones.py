@@ -8,8 +8,8 @@
     python tools/compare_backbones.py page OUT              write the sections of docs/backbones.md and the plot
 
 Every step leaves its figures in OUT and goes on where it was stopped: a file that is there is not made again (delete it for
-that), and a training resumes from its last epoch. What was not run has an empty cell. Figures of `time` and of `grow` are of
-one run each: compare them within a column. Time depends on the weights' values little (denormals), so that `models`
+that), and a training resumes from its last epoch. What was not run has an empty cell. Figures of `time` are of one run, those
+of `grow` of one run a size: compare them within that. Time depends on the weights' values little (denormals), so that `models`
 takes random ones until `train` has left better.
 """
 
@@ -20,7 +20,6 @@ import os
 import random
 import statistics
 import tempfile
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -145,28 +144,27 @@ def time(out: Path, options: argparse.Namespace) -> None:
         for backend, precision in ENGINES
         if model_path(out, name, SIZE).is_file()
     ]
-    report(out / "time.json", lambda: measure(specs, options.rounds, options), options)
+    if (out / "time.json").is_file():
+        print(f"{out / 'time.json'} is there; delete it to measure again")
+        return
+    keep(out / "time.json", measured(measure(specs, options.rounds, options), options))
 
 
 def grow(out: Path, options: argparse.Namespace) -> None:
-    """One size after the other: a process of each of them all at once would not fit into memory."""
+    """One size after the other, and kept after each: the processes of all of them at once would not fit into memory."""
+    path = out / "grow.json"
+    rows = json.loads(path.read_text())["runs"] if path.is_file() else []
+    for size in GROWTH:
+        if any(tuple(row["size"]) == size for row in rows):
+            continue
+        specs = [(model_path(out, name, size), "openvino", "fp32", size) for name in options.backbones]
+        rows += measure([spec for spec in specs if spec[0].is_file()], options.rounds, options)
+        keep(path, measured(rows, options))
+        print(size, flush=True)
 
-    def every() -> list[dict]:
-        rows = []
-        for size in GROWTH:
-            specs = [(model_path(out, n, size), "openvino", "fp32", size) for n in options.backbones]
-            rows += measure([spec for spec in specs if spec[0].is_file()], options.rounds, options)
-        return rows
 
-    report(out / "grow.json", every, options)
-
-
-def report(path: Path, measured: Callable[[], list[dict]], options: argparse.Namespace) -> None:
-    if path.is_file():
-        print(f"{path} is there; delete it to measure again")
-        return
-    rows = measured()
-    keep(path, {"threads": options.threads, "machine": machine.facts(), "versions": machine.versions(VERSIONS), "runs": rows})
+def measured(rows: list[dict], options: argparse.Namespace) -> dict[str, Any]:
+    return {"threads": options.threads, "machine": machine.facts(), "versions": machine.versions(VERSIONS), "runs": rows}
 
 
 def train(out: Path, options: argparse.Namespace) -> None:
