@@ -30,7 +30,6 @@ from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.training.data import Augmentation, CropDataset
 from deeprob_perception.training.schedule import warmup_cosine
 
-
 # Parameters of two axes and more that are no matrices.
 UNDECAYED = (
     "relative_position_bias_table", "pos_embed", "cls_token", "register_tokens", "A_log", "A_logs", "A_b_log", "dt_projs_bias",
