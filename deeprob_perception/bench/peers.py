@@ -55,8 +55,8 @@ def hugging_face(model: Path, threads: int) -> tuple[Run, str]:
     recipe, state = zoo.load_checkpoint(model)
     if recipe["task"] != "segmentation":
         raise EngineError("compared for segmentation only")
-    options = swin.VARIANTS[recipe["backbone"]]
-    if recipe["head"] != "upernet" or options.get("conv_stem"):
+    options = swin.VARIANTS.get(recipe["backbone"], {})
+    if recipe["head"] != "upernet" or not options or options.get("conv_stem"):
         raise EngineError(f"transformers has no {recipe['backbone']} with the head {recipe['head']}")
     backbone = transformers.SwinConfig(
         **{key: options[key] for key in ("embed_dim", "depths", "num_heads")},

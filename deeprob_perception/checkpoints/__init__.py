@@ -12,12 +12,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeprob_perception.checkpoints import swin, vit
+from deeprob_perception.checkpoints import mambaout, segformer, swin, vim, vit, vmamba
 from deeprob_perception.checkpoints.files import WEIGHT_FILES, State, read_json, read_tensors
 from deeprob_perception.errors import ModelError
 from deeprob_perception.nets import features, reacher, segmenter
 
 __all__ = ["build", "check_state", "convert"]
+
+# Asked in this order whether a file is theirs; a Vim has a ViT's class token, and what is nobody's is Swin's to refuse.
+LAYOUTS = (vmamba, vim, mambaout, segformer, vit)
 
 
 def convert(source: Path) -> tuple[dict[str, Any], State]:
@@ -25,8 +28,9 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
 
     :param source: a folder from the Hugging Face hub (config.json beside the weights), or a .safetensors, .bin, .pth,
         .pt or .ckpt file. A pickle is read with `weights_only=True`: no code in it runs.
-    :return: a recipe with `task` `features` (a DINO ViT), `segmentation` (Swin + UPerNet), or `backbone` where there is no
-        head: then the norms of stages 1 to 3, which a classifier doesn't have, are the identity, the fourth is its final one.
+    :return: a recipe with `task` `features` (a DINO ViT), `segmentation` (Swin or VMamba + UPerNet, SegFormer), or `backbone`
+        where there is no head: then the norms of stages 1 to 3, which a classifier doesn't have, are the identity, the fourth
+        is its final one. A Vim's neck is left out, too: it is trained with a head.
     :raises ModelError: for another architecture, or missing, unexpected or mis-shaped tensors (the first few names).
     """
     source = Path(source)
@@ -38,7 +42,7 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
         weights = found[0]
     tensors, meta = read_tensors(weights)
     config = read_json(weights.parent / "config.json")
-    layout = vit if vit.recognises(tensors) else swin
+    layout: Any = next((layout for layout in LAYOUTS if layout.recognises(tensors)), swin)
     layout.check_config(config, weights)
     state = layout.rename(tensors, str(weights))
     recipe = layout.infer_recipe(state, config, str(weights))
@@ -68,7 +72,9 @@ def check_state(recipe: dict[str, Any], state: Mapping[str, Tensor], source: str
     with torch.device("meta"):  # shapes only, no memory
         if recipe.get("task") == "backbone":
             net = segmenter.build({**recipe, "head": "fpn", "classes": ["any"]})
-            expected = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
+            whole = {name: t for name, t in net.state_dict().items() if name.startswith("backbone.")}
+            # A plain encoder's neck belongs to the head that it was trained with.
+            expected = {name: t for name, t in whole.items() if not name.startswith("backbone.neck.")}
         else:
             expected = build(recipe).state_dict()
     wrong = {

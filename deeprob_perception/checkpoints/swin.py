@@ -139,7 +139,10 @@ def infer_recipe(state: State, config: dict[str, Any], source: str) -> dict[str,
     patch = state.get("backbone.patch_embed.proj.weight")
     if patch is None:
         names = ", ".join(sorted(state)[:3])
-        raise ModelError(f"{source}: not a Swin checkpoint of a known layout (its first tensors: {names})")
+        raise ModelError(
+            f"{source}: not a Swin checkpoint of a known layout (its first tensors: {names}), nor one of the others that are "
+            "read: VMamba, Vim, MambaOut, SegFormer, DINO"
+        )
     tables: dict[tuple[int, int], Tensor] = {}
     for name, tensor in state.items():
         match = re.fullmatch(r"backbone\.stages\.(\d+)\.blocks\.(\d+)\.attn\.relative_position_bias_table", name)

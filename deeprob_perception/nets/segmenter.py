@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from deeprob_perception.errors import ModelError
-from deeprob_perception.nets import swin
+from deeprob_perception.nets import backbones
 from deeprob_perception.nets.fpn import FpnHead
 
 IMAGENET_MEAN = (0.485, 0.456, 0.406)
@@ -30,18 +30,13 @@ class SegmentationNet(nn.Module):
 def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> SegmentationNet:
     """Build the network that a recipe describes, with random weights.
 
-    :param recipe: `backbone` (a name in `swin.VARIANTS`), `head` (`fpn` or `upernet`), `classes` (names in id order), and,
-        where they differ from the usual, `window_size` and `head_channels` (UPerNet's width).
+    :param recipe: `backbone` (one of `backbones.names()`), `head` (`fpn`, `upernet` or `segformer`), `classes` (names in id
+        order), and, where they differ from the usual, the backbone's options (`backbones.OPTIONS`) and `head_channels` (the
+        width of the last two).
     :param drop_path_rate: stochastic depth while training.
     :raises ModelError: for an unknown name, listing those that there are.
     """
-    name = recipe["backbone"]
-    if name not in swin.VARIANTS:
-        raise ModelError(f"unknown backbone {name!r}; there are: {', '.join(swin.VARIANTS)}")
-    options = dict(swin.VARIANTS[name], drop_path_rate=drop_path_rate)
-    if recipe.get("window_size"):
-        options["window_size"] = recipe["window_size"]
-    backbone = swin.SwinTransformer(**options)
+    backbone = backbones.build(recipe, drop_path_rate)
     classes = len(recipe["classes"])
     head: nn.Module
     if recipe["head"] == "fpn":
@@ -50,6 +45,10 @@ def build(recipe: dict[str, Any], drop_path_rate: float = 0.0) -> SegmentationNe
         from deeprob_perception.nets.upernet import UPerHead
 
         head = UPerHead(backbone.channels, classes, recipe.get("head_channels", 512))
+    elif recipe["head"] == "segformer":
+        from deeprob_perception.nets.segformer import MlpHead
+
+        head = MlpHead(backbone.channels, classes, recipe.get("head_channels", 256))
     else:
-        raise ModelError(f"unknown head {recipe['head']!r}; there are: fpn, upernet")
+        raise ModelError(f"unknown head {recipe['head']!r}; there are: fpn, upernet, segformer")
     return SegmentationNet(backbone, head)

@@ -242,12 +242,12 @@ class Mlp(nn.Module):
 
 
 class PatchMerging(nn.Module):
-    """Join 2 x 2 neighbouring tokens and reduce 4C channels to 2C (section 3.1)."""
+    """Join 2 x 2 neighbouring tokens and reduce 4C channels to 2C (section 3.1), or to `following`."""
 
-    def __init__(self, dim: int):
+    def __init__(self, dim: int, following: int | None = None):
         super().__init__()
         self.norm = nn.LayerNorm(4 * dim)
-        self.reduction = nn.Linear(4 * dim, 2 * dim, bias=False)
+        self.reduction = nn.Linear(4 * dim, following or 2 * dim, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         height, width = x.shape[1:3]

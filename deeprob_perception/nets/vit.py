@@ -21,6 +21,7 @@ from deeprob_perception.nets.swin import DropPath, Mlp
 # name -> hyper-parameters of the papers; `vit-micro` is our own: 3.2 M parameters, heads of 48, patches of 8 for fine features.
 VARIANTS: dict[str, dict] = {
     "vit-micro": dict(patch_size=8, embed_dim=192, depth=7, num_heads=4, image_size=224),
+    "vit-tiny": dict(patch_size=16, embed_dim=192, depth=12, num_heads=3, image_size=224),
     "dino-vits16": dict(patch_size=16, embed_dim=384, depth=12, num_heads=6, image_size=224),
     "dino-vits8": dict(patch_size=8, embed_dim=384, depth=12, num_heads=6, image_size=224),
     "dino-vitb16": dict(patch_size=16, embed_dim=768, depth=12, num_heads=12, image_size=224),

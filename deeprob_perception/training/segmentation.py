@@ -30,6 +30,11 @@ from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.training.data import Augmentation, CropDataset
 from deeprob_perception.training.schedule import warmup_cosine
 
+# Parameters of two axes and more that are no matrices.
+UNDECAYED = (
+    "relative_position_bias_table", "pos_embed", "cls_token", "register_tokens", "A_log", "A_logs", "A_b_log", "dt_projs_bias",
+)  # fmt: skip
+
 
 @dataclass
 class Settings:
@@ -234,11 +239,11 @@ def scores_of(net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Decay matrices and kernels only: not norms, biases, or the relative position biases (Swin's own recipe)."""
+    """Decay matrices and kernels only: not norms, biases, positions, or a scan's rates (Swin's, ViT's and Mamba's recipes)."""
     decayed: list[nn.Parameter] = []
     plain: list[nn.Parameter] = []
     for name, parameter in net.named_parameters():
-        no_decay = parameter.ndim <= 1 or "relative_position_bias_table" in name
+        no_decay = parameter.ndim <= 1 or name.endswith(UNDECAYED)
         (plain if no_decay else decayed).append(parameter)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
