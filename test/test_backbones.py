@@ -6,11 +6,12 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `train`")
 
+from deeprob_perception.nets.label_graph import LogitsGraph  # noqa: E402
+
 from deeprob_perception import engines, export  # noqa: E402
 from deeprob_perception.engines import builder, lowering, model_file, tensorrt_library  # noqa: E402
 from deeprob_perception.errors import ModelError  # noqa: E402
 from deeprob_perception.nets import backbones, segmenter  # noqa: E402
-from deeprob_perception.nets.label_graph import LogitsGraph  # noqa: E402
 from deeprob_perception.nets.plain_pyramid import cubic_matrix, resize_positions  # noqa: E402
 
 # The variant of about 6 M parameters of each, and what shortens it: a stage of one block holds every part.

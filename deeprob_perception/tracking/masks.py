@@ -22,8 +22,9 @@ GONE = 0.5
 class Propagation:
     """How labels spread; the defaults are DINO's, lengths in shares of the image's shorter side instead of patches.
 
-    context: frames besides the ones where objects were given. radius: how far an object may move between two frames, as a
-    share of the shorter side (DINO: 12 patches of 60). top_k: patches that vote. temperature: of their votes.
+    context: frames besides the ones where objects were given.
+    radius: how far an object may move between two frames, as a share of the shorter side (DINO: 12 patches of 60).
+    top_k: patches that vote. temperature: of their votes.
     """
 
     context: int = 7
