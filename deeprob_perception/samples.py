@@ -9,7 +9,7 @@ import cv2
 import numpy as np
 
 from deeprob_perception.bags import open_bag
-from deeprob_perception.engines.model_file import ModelFile
+from deeprob_perception.engines.model_file import ModelFile, image_shape
 from deeprob_perception.engines.parity import Samples
 from deeprob_perception.errors import DataError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
@@ -30,6 +30,7 @@ def read_samples(model: ModelFile, source: Path | None = None, count: int = 8) -
     :param count: how many at most.
     :raises DataError, BagError: when there are no frames in it.
     """
+    _, height, width, _ = image_shape(model)
     classes = json.loads(model.metadata.get("classes", "[]"))  # none of a model of features
     if source is None:
         fitting = classes == CLASS_SETS["tabletop"].names
@@ -44,7 +45,6 @@ def read_samples(model: ModelFile, source: Path | None = None, count: int = 8) -
         raise DataError(f"there is no {source}; give a folder of images or a bag")
     if not frames:
         raise DataError(f"{source}: no frames in it")
-    _, height, width, _ = model.inputs[0].shape
     images = [cv2.resize(bgr, (width, height), interpolation=cv2.INTER_AREA) for bgr, _ in frames]
     truths = [
         None if truth is None else cv2.resize(truth, (width, height), interpolation=cv2.INTER_NEAREST) for _, truth in frames

@@ -6,12 +6,11 @@ import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `train`")
 
-from deeprob_perception.nets.label_graph import LogitsGraph  # noqa: E402
-
 from deeprob_perception import engines, export  # noqa: E402
 from deeprob_perception.engines import builder, lowering, model_file, tensorrt_library  # noqa: E402
 from deeprob_perception.errors import ModelError  # noqa: E402
 from deeprob_perception.nets import backbones, segmenter  # noqa: E402
+from deeprob_perception.nets.image_graph import ImageGraph  # noqa: E402
 from deeprob_perception.nets.plain_pyramid import cubic_matrix, resize_positions  # noqa: E402
 
 # The variant of about 6 M parameters of each, and what shortens it: a stage of one block holds every part.
@@ -46,7 +45,7 @@ def balanced(recipe, seed=7):
         torch.manual_seed(seed)
         net = segmenter.build(recipe).eval()
     with torch.no_grad():
-        logits = LogitsGraph(net, recipe)(torch.from_numpy(blobs()))
+        logits = ImageGraph(net, recipe)(torch.from_numpy(blobs()))
         mean, std = logits.mean((0, 2, 3)), logits.std((0, 2, 3))
         net.head.classify.weight /= std[:, None, None, None] / 3
         net.head.classify.bias.copy_((net.head.classify.bias - mean) / std * 3)

@@ -269,3 +269,24 @@ def test_tensorrt_builds_the_policy_without_a_gpu(model):
     config.num_compute_capabilities = 1
     config.set_compute_capability(library.ComputeCapability.SM86, 0)
     assert builder.build_serialized_network(network, config) is not None
+
+
+@pytest.mark.parametrize(
+    "command",
+    [["build", "reach", "--target", "sm_86"], ["bench", "engine", "--model", "reach"], ["quantize", "reach", "--out", "q.onnx"]],
+    ids=lambda command: command[0],
+)
+def test_commands_for_images_refuse_a_policy_in_one_line_and_the_list_shows_it(command, tmp_path):
+    if command[0] == "quantize":
+        command = [*command, "--data", str(tmp_path)]
+    done = subprocess.run(
+        [sys.executable, "-m", "deeprob_perception", *command], capture_output=True, text=True, timeout=120, cwd=tmp_path
+    )
+    assert done.returncode == 2 and "takes no image" in done.stderr and "Traceback" not in done.stderr
+
+
+def test_the_list_of_models_shows_policies_too():
+    done = subprocess.run(
+        [sys.executable, "-m", "deeprob_perception", "models", "list"], capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0 and "16" in done.stdout and "reach" in done.stdout, done.stderr

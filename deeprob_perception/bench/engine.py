@@ -79,7 +79,7 @@ def bench(options: Options, say: Callable[[str], None] = lambda text: None) -> d
     os.environ.setdefault("OMP_WAIT_POLICY", "passive")
     models = read(options.models)
     bag = options.bag or share_dir() / "bags" / "sample.mcap"
-    images = pictures(bag, models[0].inputs[0].shape, options.frames)
+    images = pictures(bag, model_file.image_shape(models[0]), options.frames)
     wanted, skipped = candidates.of(models, options.backends or engines.BACKENDS, options.threads)
     first = models[0]
     chosen = peers.PEERS if options.peers is None else options.peers

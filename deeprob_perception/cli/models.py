@@ -57,9 +57,10 @@ def row(entry: "Entry") -> list[str]:
         model = model_file.read(entry.path)
     except ModelError:
         return [*first, "", size, "", "", "[red]unreadable[/]"]
-    _, height, width, _ = model.inputs[0].shape
+    shape = model.inputs[0].shape
+    takes = f"{shape[2]}x{shape[1]}" if model.inputs[0].name == "image" else f"{shape[1]} joints"
     metrics = metrics_line(model.metadata.get("metrics", "{}"))
-    return [*first, f"{width}x{height}", size, metrics, model.metadata.get("licence", ""), "[green]ok[/]"]
+    return [*first, takes, size, metrics, model.metadata.get("licence", ""), "[green]ok[/]"]
 
 
 def metrics_line(text: str) -> str:

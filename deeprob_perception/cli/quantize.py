@@ -30,7 +30,7 @@ def quantize(
     from deeprob_perception.quantize import quantize as run
 
     path = zoo.resolve(model)
-    shape = model_file.read(path).inputs[0].shape
+    shape = model_file.image_shape(model_file.read(path))
     with Console().status(f"quantising {path.name}; this takes a minute or some"):
         run(path, calibration_frames(data, shape, frames, topic), out, data.name)
     before, after = (file.stat().st_size / 1e6 for file in (path, out))

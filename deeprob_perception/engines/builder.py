@@ -122,7 +122,7 @@ class _Build:
         self, model: ModelFile, precision: str, target: Target, samples: parity.Samples | None, quantise: Quantiser | None
     ):
         self.model, self.precision, self.target, self.quantise = model, precision, target, quantise
-        self.samples = samples or parity.synthetic(model.inputs[0].shape)
+        self.samples = samples or parity.synthetic(model_file.image_shape(model))
         self.proto = model_file.parse(model.path)
         self.held = lowering.precision_of(self.proto)
         self.expected: list[Any] = []

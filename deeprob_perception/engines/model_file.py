@@ -91,6 +91,18 @@ def read(path: str | Path) -> ModelFile:
     return model
 
 
+def image_shape(model: ModelFile) -> tuple[int, int, int, int]:
+    """Return the shape `[1, H, W, 3]` of a model's image.
+
+    :raises ModelError: for a model that takes none, such as a policy.
+    """
+    if [spec.name for spec in model.inputs] != ["image"]:
+        task = model.metadata["task"]
+        raise ModelError(f"{model.path} is for the task {task!r} and takes no image; this is for models that do")
+    one, height, width, channels = model.inputs[0].shape
+    return one, height, width, channels
+
+
 def parse(path: Path) -> Any:
     """Return the file's `onnx.ModelProto`; raise ModelError naming what is wrong with the file."""
     import onnx
