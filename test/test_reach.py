@@ -273,7 +273,7 @@ def test_tensorrt_builds_the_policy_without_a_gpu(model):
 
 @pytest.mark.parametrize(
     "command",
-    [["build", "reach", "--target", "sm_86"], ["bench", "engine", "--model", "reach"], ["quantize", "reach", "--out", "q.onnx"]],
+    [["build", "reach", "--target", "sm_86"], ["bench", "engine", "--model", "reach"], ["quantize", "reach", "--out", "q"]],
     ids=lambda command: command[0],
 )
 def test_commands_for_images_refuse_a_policy_in_one_line_and_the_list_shows_it(command, tmp_path):
