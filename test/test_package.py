@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "deeprob_perception"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # Folders that a robot runs: none of them may need torch.
-RUNTIME = ("messages", "bags", "engines", "segmentation", "tracking", "robots", "nodes", "replay", "demo")
+RUNTIME = ("messages", "bags", "engines", "segmentation", "tracking", "target", "robots", "nodes", "replay", "demo")
 
 
 def canonical(name: str) -> str:
@@ -144,6 +144,7 @@ def test_imports_point_one_way() -> None:
         "segmentation": core | {"engines"},
         "tracking": core | {"engines"},
         "robots": core,
+        "target": core | {"robots"},
         "nets": core,
         "nodes": core | {"messages", "bags", "engines", "segmentation", "zoo"},
     }
