@@ -65,7 +65,7 @@ setup(
             *(
                 f"ros-jazzy-{name}=={INTERFACES}"
                 for name in (
-                    "sensor-msgs", "std-msgs", "geometry-msgs", "trajectory-msgs", "diagnostic-msgs",
+                    "sensor-msgs", "std-msgs", "std-srvs", "geometry-msgs", "trajectory-msgs", "diagnostic-msgs",
                     "nav-msgs", "visualization-msgs",
                 )
             ),
@@ -86,6 +86,8 @@ setup(
         "console_scripts": [
             "deeprob = deeprob_perception.cli:main",
             "segmentation = deeprob_perception.nodes.segmentation:main",
+            "tracking = deeprob_perception.nodes.tracking:main",
+            "policy = deeprob_perception.nodes.policy:main",
         ]
     },
 )

@@ -99,7 +99,7 @@ def get_fk(
 
 @eval_app.command()
 def tracking(
-    data: Annotated[Path, typer.Option(help="Sequences: folders with images/ and masks/ (ids of objects), or one such folder.")],
+    data: Annotated[Path, typer.Option(help="Folders with images/ and masks/ (ids of objects), or one such.")],
     model: Annotated[str, typer.Option(help="Model name or .onnx file, of features.")] = "dino",
     backend: Annotated[str, typer.Option(help="Engine: auto, tensorrt, openvino, onnxruntime, torch.")] = "auto",
     precision: Annotated[str, typer.Option(help="auto, fp32, bf16, fp16, or int8 of a quantised model.")] = "auto",

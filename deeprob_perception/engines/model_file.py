@@ -15,7 +15,14 @@ from deeprob_perception.errors import ModelError
 CONTRACT = "1"
 PREFIX = "deeprob."
 # task -> metadata that it cannot do without
-REQUIRED = {"segmentation": ("name", "classes", "palette"), "features": ("name", "patch_size")}
+REQUIRED = {
+    "segmentation": ("name", "classes", "palette"),
+    "features": ("name", "patch_size"),
+    "reach": ("name", "layout"),
+    "leap_rotation": ("name",),
+}
+# a policy's task -> its action and its self-model's answer, which it may lack
+POLICY_OUTPUTS = {"reach": ("action", "forward_kinematics"), "leap_rotation": ("policy", "policy_forward_kinematics")}
 
 
 @dataclass(frozen=True)
@@ -173,4 +180,34 @@ def check_features(model: ModelFile) -> None:
         raise breach(model, f"its output is {found}, not float32 [1, {height // side}, {width // side}, C]")
 
 
-CHECKS = {"segmentation": check_segmentation, "features": check_features}
+def check_policy(model: ModelFile) -> None:
+    """Raise ModelError unless tokens and graph come in and an action for each of N joints goes out.
+
+    Inputs: `tokens` float32 `[1, N, F]`; `distance`, `parent`, `child` int `[1, N, N]` and `padding` bool `[1, N]`, of which a
+    network that does not look at the graph may lack some. Outputs: the action float32 `[1, N]` or `[1, N, 1]`, and `[1, N, 3]`.
+    """
+    wrong = partial(breach, model)
+    inputs, outputs = ({s.name: s for s in specs} for specs in (model.inputs, model.outputs))
+    if "tokens" not in inputs or inputs["tokens"].dtype != np.float32 or len(inputs["tokens"].shape) != 3:
+        raise wrong(f"its input tokens is {inputs.get('tokens', 'missing')}, not float32 [1, N, F]")
+    count = inputs["tokens"].shape[1]
+    shapes = {"tokens": (1, *inputs["tokens"].shape[1:]), "padding": (1, count)}
+    for name, spec in inputs.items():
+        if name not in (*shapes, "distance", "parent", "child"):
+            raise wrong(f"it has an input {name!r}")
+        shape = shapes.get(name, (1, count, count))
+        if spec.shape != shape or spec.dtype.kind != {"tokens": "f", "padding": "b"}.get(name, "i"):
+            raise wrong(f"its input is {spec}, which does not fit {count} joints")
+    action, places = POLICY_OUTPUTS[model.metadata["task"]]
+    if action not in outputs or outputs[action].shape not in ((1, count), (1, count, 1)):
+        raise wrong(f"its output {action} is {outputs.get(action, 'missing')}, not [1, {count}]")
+    if places in outputs and outputs[places].shape != (1, count, 3):
+        raise wrong(f"its output is {outputs[places]}, not [1, {count}, 3]")
+
+
+CHECKS = {
+    "segmentation": check_segmentation,
+    "features": check_features,
+    "reach": check_policy,
+    "leap_rotation": check_policy,
+}

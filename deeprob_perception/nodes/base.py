@@ -6,22 +6,17 @@ the engine and does decode -> infer -> publish. A node with several cameras woul
 """
 
 import contextlib
-import logging
-import signal
 import traceback
 from abc import abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from threading import Event
 from time import monotonic
 from typing import Any
 
 import numpy as np
-import rclpy
 from rclpy.event_handler import SubscriptionEventCallbacks
-from rclpy.exceptions import ParameterException
-from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
-from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
+from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.lifecycle.publisher import LifecyclePublisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
 from rclpy.qos_overriding_options import QoSOverridingOptions
@@ -32,15 +27,15 @@ from deeprob_perception import engines, zoo
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
-from deeprob_perception.nodes.dds import use_large_image_profile
 from deeprob_perception.nodes.diagnostics import Diagnostics
 from deeprob_perception.nodes.engine_source import EngineSource, Wish
 from deeprob_perception.nodes.headers import stamp_of
+from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
 from deeprob_perception.nodes.traffic import Traffic, measured
 
-SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+__all__ = ["CameraNode", "engine_facts", "engine_settings", "measured", "spin"]
 LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.TRANSIENT_LOCAL)
 # REP-2003: consumers of sensor data subscribe best effort, which matches every publisher; outputs are reliable.
 # Depth 1 would do for the newest frame, but on a busy machine DDS then overwrites frames before the callback has run and
@@ -72,7 +67,17 @@ def engine_settings(model: str) -> tuple[Setting, ...]:
     )
 
 
-class CameraNode(LifecycleNode):
+def engine_facts(engine: engines.Engine) -> dict[str, str]:
+    """Return what diagnostics say of the engine that runs."""
+    return {
+        "backend": engine.backend,
+        "precision": engine.precision,
+        "requested_precision": engine.requested_precision,
+        "device": engine.device,
+    }
+
+
+class CameraNode(PerceptionNode):
     """A lifecycle node with one camera in. Subclasses say what is loaded, what goes out, and how it is computed."""
 
     def __init__(self, name: str, settings: tuple[Setting, ...], **node_options: Any):
@@ -90,11 +95,6 @@ class CameraNode(LifecycleNode):
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="worker")
         self._work: Future[None] | None = None
         self._stop = Event()
-        self._log_handler = _RosLog(self)
-        logging.getLogger("deeprob_perception").addHandler(self._log_handler)
-        logging.getLogger("deeprob_perception").setLevel(logging.INFO)
-        self._answer_transition = self._service_change_state.callback
-        self._service_change_state.callback = self._change_state
         self._diagnostics = Diagnostics(self)
 
     # What a subclass provides ----------------------------------------------------------------------------------------
@@ -171,11 +171,6 @@ class CameraNode(LifecycleNode):
         base = self.resolve_topic_name("image")
         return self.resolve_topic_name(f"{base}/compressed") if self.msgtype == COMPRESSED_IMAGE else base
 
-    def state(self) -> str:
-        """Return the lifecycle state's label (rclpy has no public way to ask)."""
-        machine = getattr(self, "_state_machine", None)  # parameters are declared before it exists
-        return machine.current_state[1] if machine else "unconfigured"
-
     def add_output(self, name: str, msg_class: type, msgtype: str, qos: QoSProfile = OUTPUT) -> None:
         """Create a publisher of `~/name`, whose messages (rosbags' objects of `msgtype`) are serialised here."""
         self._types[name] = msgtype
@@ -207,16 +202,6 @@ class CameraNode(LifecycleNode):
 
     def _on_message_lost(self, event: Any) -> None:
         self.lost_in_transport = event.total_count
-
-    def _change_state(self, request: Any, response: Any) -> Any:
-        """Answer a transition that the current state does not allow with `success: false`; rclpy dies of it instead."""
-        try:
-            return self._answer_transition(request, response)
-        except Exception as error:
-            wish = request.transition.label or request.transition.id
-            self.get_logger().error(f"transition {wish} refused in state {self.state()}: {str(error).splitlines()[0]}")
-            response.success = False
-            return response
 
     # The worker's thread ----------------------------------------------------------------------------------------------
 
@@ -288,7 +273,7 @@ class CameraNode(LifecycleNode):
         self._stop_work()
         self._release()
         self._worker.shutdown()
-        logging.getLogger("deeprob_perception").removeHandler(self._log_handler)
+        super().close()
 
     def _stop_work(self) -> None:
         if self.subscription is not None:
@@ -311,56 +296,3 @@ class CameraNode(LifecycleNode):
         self.engine_source.close()
         with contextlib.suppress(RuntimeError):  # the worker is shut down already: nothing is loaded
             self._worker.submit(self.unload).result()
-
-
-class _RosLog(logging.Handler):
-    """Hands the package's own log records (which back end and why, precision) to the node's logger."""
-
-    def __init__(self, node: LifecycleNode):
-        super().__init__()
-        self._logger = node.get_logger()
-
-    def emit(self, record: logging.LogRecord) -> None:
-        if record.levelno >= logging.ERROR:
-            self._logger.error(record.getMessage())
-        elif record.levelno >= logging.WARNING:
-            self._logger.warning(record.getMessage())
-        else:
-            self._logger.info(record.getMessage())
-
-
-def spin(create: Callable[[], CameraNode], args: list[str] | None = None) -> int:
-    """Run a node until it is told to stop; return the exit status, 2 for parameters it cannot start with.
-
-    With the parameter `build_only` the node is configured and ends; the status is then 1 if that failed.
-    """
-    use_large_image_profile()
-    rclpy.init(args=args)
-    try:
-        node = create()
-    except ParameterException as error:
-        rclpy.logging.get_logger("deeprob_perception").fatal(f"cannot start: {error}")
-        rclpy.try_shutdown()
-        return 2
-    executor = SingleThreadedExecutor()
-    executor.add_node(node)
-    try:
-        if node.settings["build_only"]:
-            return 0 if node.trigger_configure() == SUCCESS else 1
-        if node.settings["autostart"] and node.trigger_configure() == SUCCESS:
-            node.trigger_activate()
-        executor.spin()
-    except (KeyboardInterrupt, ExternalShutdownException):
-        pass
-    except Exception:
-        # A signal ends ROS at once, also under a callback that publishes.
-        if rclpy.ok():
-            raise
-    finally:
-        # Ctrl-C under `ros2 launch` comes twice, from the terminal and from launch.
-        signal.signal(signal.SIGINT, signal.SIG_IGN)
-        node.close()
-        executor.shutdown()
-        node.destroy_node()
-        rclpy.try_shutdown()
-    return 0

@@ -11,11 +11,11 @@ from rclpy.lifecycle.publisher import LifecyclePublisher
 from sensor_msgs.msg import CompressedImage, Image
 from std_msgs.msg import String
 
-from deeprob_perception import engines, zoo
+from deeprob_perception import zoo
 from deeprob_perception.errors import ModelError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE
 from deeprob_perception.messages.images import make_compressed, make_image
-from deeprob_perception.nodes.base import LATCHED, CameraNode, engine_settings, measured, spin
+from deeprob_perception.nodes.base import LATCHED, CameraNode, engine_facts, engine_settings, measured, spin
 from deeprob_perception.nodes.parameters import Setting
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.overlay import draw
@@ -138,16 +138,6 @@ class SegmentationNode(CameraNode):
         if self._label_info is not None:
             self.destroy_lifecycle_publisher(self._label_info)
             self._label_info = None
-
-
-def engine_facts(engine: engines.Engine) -> dict[str, str]:
-    """Return what diagnostics say of the engine that runs."""
-    return {
-        "backend": engine.backend,
-        "precision": engine.precision,
-        "requested_precision": engine.requested_precision,
-        "device": engine.device,
-    }
 
 
 def label_info(class_names: list[str]) -> Any:

@@ -9,7 +9,6 @@ import cv2
 import numpy as np
 
 from deeprob_perception.errors import DataError
-from deeprob_perception.segmentation.dataset import SUFFIXES
 from deeprob_perception.tracking.masks import MaskTracker, Propagation, paint
 from deeprob_perception.tracking.scores import score_sequence
 
@@ -17,6 +16,7 @@ from deeprob_perception.tracking.scores import score_sequence
 Features = Callable[[np.ndarray], np.ndarray]
 # Images and the masks that are given -> a mask for each image, uint8 [H, W], ids of objects.
 Method = Callable[["Sequence"], list[np.ndarray]]
+SUFFIXES = (".jpg", ".jpeg", ".png")
 FLOW_SIDE = 480  # rows: optical flow is computed at most at this size
 
 

@@ -160,7 +160,8 @@ class PointTracker:
         row, column = np.unravel_index(int(np.nanargmax(fits)), fits.shape)
         if not fits[row, column] >= self.settings.picture:
             return None
-        return np.array([left + half + vertex(fits[row], int(column)), top + half + vertex(fits[:, column], int(row))], np.float32)
+        x, y = vertex(fits[row], int(column)), vertex(fits[:, column], int(row))
+        return np.array([left + half + x, top + half + y], np.float32)
 
     def _by_features(
         self, which: np.ndarray, before: np.ndarray, features: np.ndarray, shape: tuple[int, ...]
@@ -210,8 +211,9 @@ class PointTracker:
         pictures = np.stack([cv2.getRectSubPix(self._grey, WINDOW, tuple(map(float, place))) for place in places])
         rows = {
             "places": places.astype(np.float32), "_templates": templates, "_pictures": pictures,
-            "_speed": np.zeros((count, 2), np.float32), "_missing": np.zeros(count, np.int64), "ids": ids, "ages": np.zeros(count, np.int64),
-            "confidence": np.ones(count, np.float32), "visible": np.ones(count, bool), "given": np.full(count, given),
+            "_speed": np.zeros((count, 2), np.float32), "_missing": np.zeros(count, np.int64), "ids": ids,
+            "ages": np.zeros(count, np.int64), "confidence": np.ones(count, np.float32),
+            "visible": np.ones(count, bool), "given": np.full(count, given),
         }  # fmt: skip
         empty = not len(self.ids)
         for name, more in rows.items():
