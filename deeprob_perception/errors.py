@@ -40,3 +40,7 @@ class SeedError(PerceptionError):
 
 class OrderError(PerceptionError):
     """A frame that is older than the one before it."""
+
+
+class TargetError(PerceptionError):
+    """A frame that gives no goal: the class is not in view, no depth, no calibration, no camera pose."""

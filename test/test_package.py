@@ -20,7 +20,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = "deeprob_perception"
 SOURCES = sorted((ROOT / PACKAGE).rglob("*.py"))
 # Folders that a robot runs: none of them may need torch.
-RUNTIME = ("messages", "bags", "engines", "segmentation", "tracking", "robots", "policy", "nodes", "replay", "demo")
+RUNTIME = ("messages", "bags", "engines", "segmentation", "tracking", "target", "robots", "policy", "nodes", "replay", "demo")
 
 
 def canonical(name: str) -> str:
@@ -144,9 +144,10 @@ def test_imports_point_one_way() -> None:
         "segmentation": core | {"engines"},
         "tracking": core | {"engines"},
         "robots": core,
+        "target": core | {"robots"},
         "policy": core | {"engines", "robots"},
         "nets": core,
-        "nodes": core | {"messages", "bags", "engines", "segmentation", "tracking", "policy", "robots", "zoo"},
+        "nodes": core | {"messages", "bags", "engines", "segmentation", "tracking", "target", "policy", "robots", "zoo", "sim"},
     }
     edges = {"nodes", "cli", "__main__"}
     # The one back end that is made of the network itself, which it reaches within functions: see its docstring.

@@ -48,7 +48,7 @@ def add_arm(spec: mujoco.MjSpec, materials: Materials, rng: np.random.Generator,
 
     Geoms are named `robot:<n>`; joints as in JOINTS.
     """
-    links, joints, fingers = _finishes(materials, rng)
+    links, joints, fingers = finishes(materials, rng)
     slim = rng.uniform(0.8, 1.25)
     upper, fore, wrist = rng.uniform(0.22, 0.34), rng.uniform(0.18, 0.28), rng.uniform(0.07, 0.11)
     count = 0
@@ -128,7 +128,7 @@ def joint_addresses(model: mujoco.MjModel) -> tuple[np.ndarray, np.ndarray]:
     return np.array([j.qposadr[0] for j in joints]), np.array([j.dofadr[0] for j in joints])
 
 
-def _finishes(materials: Materials, rng: np.random.Generator) -> tuple[str, str, str]:
+def finishes(materials: Materials, rng: np.random.Generator) -> tuple[str, str, str]:
     """Draw the materials of links, joints and fingers: often factory greys, else anything, so that colour tells nothing."""
     if rng.random() < 0.6:
         grey = rng.uniform(0.1, 0.95)

@@ -35,14 +35,7 @@ class Scene:
         :param timestep: physics step, seconds; pictures are taken at multiples of it.
         """
         rng = np.random.default_rng(seed)
-        spec = mujoco.MjSpec()
-        spec.option.timestep = timestep
-        visual = spec.visual
-        visual.global_.offwidth, visual.global_.offheight = size
-        visual.quality.offsamples, visual.quality.shadowsize = multisamples, shadow_map
-        visual.quality.numquads = 16  # lights are computed at vertices; walls and table need some
-        visual.map.znear, visual.map.zfar = 0.02, 12.0
-        spec.stat.extent, spec.stat.center = 1.0, [0, 0, 0.7]  # so that znear and zfar are metres
+        spec = empty(size, multisamples, shadow_map, timestep)
         materials = Materials(spec, rng)
         self.room = add_room(spec, materials, rng)
         add_lights(spec, rng, self.room)
@@ -57,7 +50,7 @@ class Scene:
         self.object_names = tuple(factory.names)
         self.model = spec.compile()
         self.data = mujoco.MjData(self.model)
-        self.geom_class = np.array([self._class_of(index) for index in range(self.model.ngeom)], np.uint8)
+        self.geom_class = geom_classes(self.model)
         self._qpos, self._qvel = joint_addresses(self.model)
         self.trajectory = random_trajectory(self.model, rng, self.room.table_top + 0.012, duration)
         self._place_arm()
@@ -127,6 +120,21 @@ class Scene:
                 taken.append(candidate)
         return taken
 
-    def _class_of(self, geom: int) -> int:
-        """Return the class id of a geom by its name; unseen collision shapes have none and count as background."""
-        return CLASSES.index(self.model.geom(geom).name.partition(":")[0] or "background")
+
+def empty(size: tuple[int, int], multisamples: int, shadow_map: int, timestep: float) -> mujoco.MjSpec:
+    """Return a specification without anything in it, for pictures of at most `size` (see Scene for the arguments)."""
+    spec = mujoco.MjSpec()
+    spec.option.timestep = timestep
+    visual = spec.visual
+    visual.global_.offwidth, visual.global_.offheight = size
+    visual.quality.offsamples, visual.quality.shadowsize = multisamples, shadow_map
+    visual.quality.numquads = 16  # lights are computed at vertices; walls and table need some
+    visual.map.znear, visual.map.zfar = 0.02, 12.0
+    spec.stat.extent, spec.stat.center = 1.0, [0, 0, 0.7]  # so that znear and zfar are metres
+    return spec
+
+
+def geom_classes(model: mujoco.MjModel) -> np.ndarray:
+    """Return each geom's class id by its name, uint8 `[ngeom]`; unseen collision shapes have none and count as background."""
+    names = (model.geom(index).name.partition(":")[0] or "background" for index in range(model.ngeom))
+    return np.array([CLASSES.index(name) for name in names], np.uint8)
