@@ -62,7 +62,7 @@ class CameraMount:
         for joint in joints:
             pose = pose @ joint.origin
             if joint.kind != "fixed":
-                pose = pose @ motion(joint, np.float64(self._value(joint, positions)))
+                pose = pose @ motion(joint, np.asarray(self._value(joint, positions)))
         return pose
 
     def _value(self, joint: Joint, positions: Mapping[str, float]) -> float:
