@@ -140,7 +140,8 @@ def test_replay_and_the_node_run_it_by_their_model_parameter(model, tmp_path):
 
     from deeprob_perception.messages.cdr import make_header, stamp_ns
     from deeprob_perception.messages.images import make_image, to_array
-    from deeprob_perception.replay import MASK, Options, replay
+    from deeprob_perception.replay import Options, replay
+    from deeprob_perception.replay_tasks import MASK
 
     path, image, expected = model
     bag = write_frames(tmp_path / "in.mcap", [image[0]] * 2)

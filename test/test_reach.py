@@ -5,6 +5,7 @@ import csv
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -142,7 +143,7 @@ def test_tokens_do_not_change_when_robot_and_goal_are_scaled_or_carried_elsewher
     told, _ = tokens(batch, fixed(batch), positions, goals)
     origins = batch.origins.copy()
     origins[..., :3, 3] *= 2.5
-    scaled = type(batch)(**{**batch.__dict__, "origins": origins, "tip": batch.tip * 2.5})
+    scaled = replace(batch, origins=origins, tip=batch.tip * 2.5)
     again, _ = tokens(scaled, fixed(scaled), positions, goals * 2.5)
     assert told.shape == (len(batch), 2, 9, TOKEN) and np.isfinite(told).all()
     np.testing.assert_allclose(again, told, atol=2e-3)
