@@ -153,6 +153,23 @@ def test_objects_can_be_added_and_a_seed_replaces_all_otherwise():
     assert set(np.unique(tracker.update(picture, 99_000_000).mask)) == {0, 3}
 
 
+@pytest.mark.parametrize("corrections", [1, 3, 12])
+def test_an_object_added_or_corrected_later_is_kept_though_older_frames_called_it_background(corrections):
+    tracker = Tracker(PixelEngine(), Following(count=0))
+    picture, mask = scene(24, 32)
+    other = np.zeros_like(mask)
+    other[88:112, 120:152] = 3
+    picture[other > 0] = (20, 20, 230)
+    tracker.seed_mask(mask)
+    for step in range(corrections):
+        tracker.seed_mask(other, keep=True)
+        tracker.update(picture, 1 + step * 33_000_000)
+    for step in range(10):
+        tracks = tracker.update(picture, 1 + (corrections + step) * 33_000_000)
+        assert iou(tracks.mask == 7, mask == 7) > 0.9 and iou(tracks.mask == 3, other == 3) > 0.9
+    assert len(tracker.masks._given) == 2  # the frame of each object's newest mask: corrections do not pile up
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 @settings(max_examples=25, deadline=None)
 def test_shares_are_shares_and_paint_gives_ids_that_were_given(seed, objects, frames):

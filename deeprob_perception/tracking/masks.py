@@ -47,6 +47,7 @@ class MaskTracker:
         """Forget all objects and frames."""
         self.ids: list[int] = []
         self._given: list[tuple[np.ndarray, np.ndarray]] = []  # features [h, w, C], shares [h, w, K + 1]; background first
+        self._owners: list[set[int]] = []  # of each frame in `_given`, the objects that were given there last
         self._recent: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.settings.context)
 
     @property
@@ -61,7 +62,8 @@ class MaskTracker:
 
         :param features: float32 `[h, w, C]`, of unit length.
         :param mask: uint8 `[H, W]`, 0 for background, else an object's id.
-        :param keep: go on with the objects that are tracked already; the mask's win where both claim a patch.
+        :param keep: go on with the objects that are tracked already; the mask's win where both claim a patch. An object that
+            is given again is known by its newest mask; a frame that was given for it alone is forgotten.
         """
         height, width = features.shape[:2]
         ids = [int(i) for i in np.unique(mask) if i]
@@ -82,7 +84,13 @@ class MaskTracker:
             self.reset()
             self.ids = ids
             shares = np.concatenate((1 - given.sum(-1, keepdims=True).clip(0, 1), given), -1)
+        for owners in self._owners:
+            owners.difference_update(ids)
+        kept = [frame for frame, owners in zip(self._given, self._owners, strict=True) if owners]
+        columns = [1 + self.ids.index(i) for i in ids]
+        self._given = [(old, relabelled(old, known, features, given, columns)) for old, known in kept]
         self._given.append((features, shares))
+        self._owners = [*(owners for owners in self._owners if owners), set(ids)]
         self._recent.clear()
 
     def update(self, features: np.ndarray) -> np.ndarray:
@@ -166,6 +174,31 @@ class MaskTracker:
         more = ((0, 0), (0, 0), (0, count))
         self._given = [(f, np.pad(s, more)) for f, s in self._given]
         self._recent = deque(((f, np.pad(s, more)) for f, s in self._recent), self.settings.context)
+
+
+def relabelled(
+    old: np.ndarray, known: np.ndarray, features: np.ndarray, given: np.ndarray, columns: list[int]
+) -> np.ndarray:
+    """Return an older frame's shares after objects were given in a newer one.
+
+    What is an object now was called background before anyone said so, and would go on voting for background. So background
+    patches of the older frame whose likest patch of the new frame is an object's become the object's.
+
+    :param old: features `[h, w, C]` of the older frame. :param known: its shares `[h, w, K + 1]`.
+    :param features: `[h, w, C]` of the frame where the objects were given. :param given: their shares there, `[h, w, n]`.
+    :param columns: where they are in `known`.
+    """
+    shares = known.copy()
+    shares[..., 0] += shares[..., columns].sum(-1)
+    shares[..., columns] = 0
+    free = np.flatnonzero(shares[..., 0] > 0)
+    flat, new, told = old.reshape(-1, old.shape[-1]), features.reshape(-1, features.shape[-1]), given.reshape(-1, len(columns))
+    out = shares.reshape(-1, shares.shape[-1])
+    for some in np.array_split(free, max(1, len(free) // 512)):  # a product of all patches at once could be large
+        moved = out[some, :1] * told[(flat[some] @ new.T).argmax(1)]
+        out[some[:, None], columns] = moved
+        out[some, 0] -= moved.sum(1)
+    return shares
 
 
 def vote(likeness: np.ndarray, votes: np.ndarray, settings: Propagation) -> np.ndarray:
