@@ -125,6 +125,26 @@ def test_play_loops_until_it_is_told_to_stop_and_publishes_the_clock(tmp_path, b
     assert any(later < earlier for earlier, later in pairwise(times)), "never looped"
 
 
+@pytest.mark.parametrize("alive", [True, False])
+def test_a_signal_while_the_last_messages_are_awaited_is_no_error(monkeypatch, alive):
+    from deeprob_perception.nodes import play
+
+    answers = iter([True, alive])  # the signal comes after the first look, or the fault is none of a signal's
+    monkeypatch.setattr(play.rclpy, "ok", lambda: next(answers))
+
+    class Publisher:
+        def wait_for_all_acked(self, timeout):
+            raise RuntimeError("publisher's context is invalid")
+
+    player = play.Player.__new__(play.Player)
+    player._publishers = {"/a": Publisher()}
+    if alive:
+        with pytest.raises(RuntimeError, match="context"):
+            player.finish()
+    else:
+        player.finish()
+
+
 @pytest.mark.parametrize(("arguments", "words"), [
     (["--topics", "/nope"], "no topic /nope"),
     (["--remap", "/nope:=/b"], "no topic /nope"),

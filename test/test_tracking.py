@@ -137,6 +137,25 @@ def test_an_object_that_returns_from_behind_another_is_found_again():
     assert tracks.lost == () and iou(tracks.mask == 7, mask == 7) > 0.6
 
 
+def test_a_lost_object_never_takes_the_patches_of_its_twin():
+    """Two squares that look alike, one of them hidden: the search for it must not find the other."""
+    tracker = Tracker(PixelEngine(), Following(count=0))
+    ground = scene(0, 0, hidden=True)[0]
+
+    def frame(second: bool) -> tuple[np.ndarray, np.ndarray]:
+        picture, mask = ground.copy(), np.zeros((HEIGHT, WIDTH), np.uint8)
+        for number, x in enumerate((8, 104) if second else (8,), start=1):
+            picture[40:80, x : x + 40], mask[40:80, x : x + 40] = (230, 60, 20), number
+        return picture, mask
+
+    tracker.seed_mask(frame(second=True)[1])
+    tracker.update(frame(second=True)[0], 1)
+    for step in range(1, 12):
+        picture, mask = frame(second=False)
+        tracks = tracker.update(picture, 1 + step * 33_000_000)
+    assert tracks.lost == (2,) and iou(tracks.mask == 1, mask == 1) > 0.9
+
+
 def test_objects_can_be_added_and_a_seed_replaces_all_otherwise():
     tracker = Tracker(PixelEngine(), Following(count=0))
     picture, mask = scene(24, 32)

@@ -205,7 +205,11 @@ class Player:
             self._clock.publish(message)
 
     def finish(self) -> None:
-        """Wait until the reliable subscribers have what was sent."""
+        """Wait until the reliable subscribers have what was sent, or a signal ends ROS."""
         for publisher in self._publishers.values():
-            if rclpy.ok():
-                publisher.wait_for_all_acked(Duration(seconds=5))
+            try:
+                if rclpy.ok():
+                    publisher.wait_for_all_acked(Duration(seconds=5))
+            except Exception:  # a signal between the question and the wait, or in the wait
+                if rclpy.ok():
+                    raise

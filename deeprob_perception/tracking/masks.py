@@ -148,9 +148,13 @@ class MaskTracker:
         return shares
 
     def _find_again(self, features: np.ndarray, shares: np.ndarray, k: int) -> None:
-        """Look for a lost object in the whole frame, by how it looked when it was given; write its shares if it is there."""
+        """Look for a lost object in the whole frame, by how it looked when it was given; write its shares if it is there.
+
+        It never takes a patch that another object holds: two things that look alike stay two.
+        """
         height, width, channels = features.shape
-        seen, given = next((f, s) for f, s in self._given if k < s.shape[-1] and s[..., k].sum() > 0)
+        frame = next(n for n, owners in enumerate(self._owners) if self.ids[k - 1] in owners)
+        seen, given = self._given[frame]
         flat, old, now = given.reshape(-1, given.shape[-1]), seen.reshape(-1, channels), features.reshape(-1, channels)
         own = np.flatnonzero(flat[:, k] > 0.5)
         if not len(own):
@@ -166,6 +170,7 @@ class MaskTracker:
         np.add.at(votes, there[mutual], 1)
         near = cv2.boxFilter(votes.reshape(height, width), -1, (5, 5), normalize=False)
         found = (votes.reshape(height, width) > 0) & (near >= 0.25 * near.max())
+        found &= shares[..., 1:].sum(-1) < 0.5
         shares[found] = 0
         shares[found, k] = 1
 
