@@ -18,7 +18,7 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check in
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.stamp-demo  ## Sample bag -> segmentation node -> recorder, as three processes; report in out/demo/.
+demo: $(VENV)/.stamp-demo  ## Sample bag -> segmentation and tracking nodes -> recorder; report in out/demo/.
 	$(BIN)/deeprob demo $(DEMO)
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-rendering  ## Run the whole test suite.

@@ -29,6 +29,7 @@ LABEL_INFO = "/segmentation/label_info"
 OBJECT_MASK = "/tracking/object_mask"
 TRACKS = "/tracking/tracks"
 TRACKING_OVERLAY = "/tracking/overlay/compressed"
+FEATURES_RGB = "/tracking/features_rgb"
 
 
 @dataclass(frozen=True)

@@ -23,6 +23,7 @@ from deeprob_perception.demo.recording import Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, deserialize, make_header, stamp_ns
 from deeprob_perception.messages.images import make_compressed, to_array, to_bgr
+from deeprob_perception.replay_tasks import OBJECT_MASK
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.video import read_frames
@@ -66,9 +67,10 @@ class Run:
         assert process.returncode == 0, self.printed + errors
         self.summary = json.loads((out / "summary.json").read_text())
         with open_bag(out / "demo.mcap") as bag:
-            messages = [(m.topic.name, deserialize(m.raw, m.topic.msgtype)) for m in bag.messages([CAMERA, MASK])]
+            messages = [(m.topic.name, deserialize(m.raw, m.topic.msgtype)) for m in bag.messages([CAMERA, MASK, OBJECT_MASK])]
         self.frames = {stamp_ns(msg.header): msg for topic, msg in messages if topic == CAMERA}
         self.masks = {stamp_ns(msg.header): msg for topic, msg in messages if topic == MASK}
+        self.objects = {stamp_ns(msg.header): msg for topic, msg in messages if topic == OBJECT_MASK}
 
 
 @pytest.fixture(scope="module")
@@ -117,7 +119,7 @@ def test_report_holds_everything_and_asks_no_other_machine(run: Run) -> None:
             linked.extend(value or "" for name, value in attrs if name in ("src", "href", "poster", "srcset"))
 
     Links().feed(html)
-    assert len(linked) == 4, "video, its poster, plot, contact sheet"
+    assert len(linked) == 6, "two videos, their posters, plot, contact sheet"
     assert all(re.match(r"data:(video/mp4|image/jpeg|image/svg\+xml);base64,[\w/+]", link) for link in linked)
     assert "http" not in re.sub(r"data:[^\"]*", "", html) and "@import" not in html and "url(" not in html
     assert f"{run.summary['score']['miou']:.3f}" in html
@@ -130,6 +132,32 @@ def test_video_and_contact_sheet_show_the_frames(run: Run) -> None:
     assert pictures[0].shape == (480, 640, 3)
     sheet = cv2.imread(str(run.out / "contact_sheet.png"))
     assert sheet is not None and sheet.std() > 20
+
+
+def test_what_was_pointed_at_is_tracked_from_the_first_frame_on(run: Run) -> None:
+    given = cv2.imread(str(run.out / "seed_mask.png"), cv2.IMREAD_GRAYSCALE)
+    assert given is not None and set(np.unique(given)) == {0, 3, 5}, "background, balls, mugs"
+    first = min(run.objects)
+    np.testing.assert_array_equal(to_array(run.objects[first]), given)
+    tracking = run.summary["tracking"]
+    assert tracking["frames"] == len(run.objects) == tracking["latency_ms"]["n"] >= 2
+    assert tracking["points_visible_median"] > 100
+    assert set(tracking["iou"]) == {"ball", "mug"} and all(0.3 < iou <= 1 for iou in tracking["iou"].values())
+    pictures = [picture for _, picture in read_frames(run.out / "tracking.mp4")]
+    assert len(pictures) == tracking["frames"] and pictures[0].shape == (480, 1280, 3)
+    assert pictures[-1][:, 640:].std() > 20, "the features' colours"
+
+
+@pytest.mark.parametrize(("arguments", "words"), [
+    ([], "--mask or --point"),
+    (["--mask", "no-such.png"], "no-such.png"),
+    (["--point", "3"], "X,Y"),
+    (["--point", "3,4", "--node", "/nobody", "--timeout", "0.3"], "/nobody/seed_point"),
+])  # fmt: skip
+def test_seed_says_what_is_wrong(arguments: list[str], words: str) -> None:
+    run = subprocess.run([sys.executable, "-m", "deeprob_perception", "seed", *arguments], capture_output=True, text=True,
+                         env=os.environ | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "ROS_DOMAIN_ID": "77"})
+    assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 
 def test_terminal_shows_rates_and_the_table(run: Run) -> None:
@@ -169,7 +197,7 @@ def test_no_mask_is_a_failure_that_names_the_cause(tmp_path: Path, tiny_model: P
             stamp = 1_700_000_000_000_000_000 + i * 100_000_000
             picture.header, picture.data = make_header(stamp, "camera"), np.full(500, i, np.uint8)
             writer.write(CAMERA, stamp, picture)
-    process = demo(tmp_path / "out", "--bag", str(bag), "--model", str(tiny_model))
+    process = demo(tmp_path / "out", "--bag", str(bag), "--model", str(tiny_model), "--no-tracking")
     _, errors = process.communicate(timeout=500)
     assert process.returncode == 2
     assert "no mask came" in errors and "jpeg" in errors.lower() and "Traceback" not in errors
@@ -207,7 +235,7 @@ def test_a_model_of_other_classes_is_not_scored_against_the_sample_bag() -> None
 def test_report_without_a_score_says_why(run: Run) -> None:
     figures = Figures(frames=3, masks=2, seconds=0.2, series=[(0.0, 30.0), (0.1, 31.0)])
     figures.pictures = dict.fromkeys(("poster", "sheet"), np.zeros((4, 4, 3), np.uint8))
-    summary = run.summary | {"score": None, "unscored": "the bag holds <no> true masks"}
+    summary = run.summary | {"score": None, "unscored": "the bag holds <no> true masks", "tracking": None}
     path = run.out / "unscored.html"
     report.write(path, summary, figures, Labels(["a"], np.zeros((1, 3), np.uint8)), run.out / "overlay.mp4", {})
     assert "No score: the bag holds &lt;no&gt; true masks." in path.read_text()

@@ -67,6 +67,38 @@ def record(
     report("recorded", out, run(out, topics or (), duration, say=say))
 
 
+@app.command()
+def seed(
+    mask: Annotated[Path | None, typer.Option(help="An image whose pixels are ids of objects, 0 for background.")] = None,
+    point: Annotated[list[str] | None, typer.Option(help="X,Y in pixels; repeat for several.")] = None,
+    node: Annotated[str, typer.Option(help="Full name of the tracking node.")] = "/tracking",
+    timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the node.")] = 30.0,
+) -> None:
+    """Tell a running tracking node what to track from its next frame on."""
+    require_ros()
+    from deeprob_perception.nodes.seed import seed as run
+
+    if mask is None and not point:
+        raise typer.BadParameter("give --mask or --point")
+    ids = None
+    if mask is not None:
+        import cv2
+
+        ids = cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE)
+        if ids is None:
+            raise PerceptionError(f"--mask {mask}: no readable image; give a PNG whose pixels are ids of objects")
+    run(node, ids, [place(text) for text in point or ()], timeout)
+
+
+def place(text: str) -> tuple[float, float]:
+    """Return X,Y of an option as numbers."""
+    try:
+        x, y = (float(part) for part in text.split(","))
+    except ValueError:
+        raise typer.BadParameter(f"--point {text}: write X,Y in pixels") from None
+    return x, y
+
+
 def say(line: str) -> None:
     typer.echo(line, err=True)
 

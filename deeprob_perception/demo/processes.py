@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from contextlib import suppress
 from pathlib import Path
 from threading import Thread
@@ -76,26 +77,20 @@ class Process:
 
 
 class Diagnostics:
-    """The newest diagnostics of one node, as `nodes.watch` prints them. `count` says how many there have been."""
+    """The newest diagnostics of one node. `count` says how many there have been."""
 
-    def __init__(self, watch: Process, node: str):
-        self._node = node
+    def __init__(self, node: str):
+        self.node = node
         self._items: dict[str, dict[str, Any]] = {}
         self.count = 0
-        assert watch.popen.stdout is not None
-        Thread(target=self._read, args=(watch.popen.stdout,), daemon=True).start()
 
-    def _read(self, lines: Any) -> None:
-        with suppress(ValueError):  # the pipe is closed under us at the end
-            for line in lines:
-                items = {
-                    name.removeprefix(f"{self._node}: "): status
-                    for name, status in json.loads(line).items()
-                    if name.startswith(f"{self._node}: ")
-                }
-                if items:
-                    self._items = items
-                    self.count += 1
+    def take(self, statuses: dict[str, dict[str, Any]]) -> None:
+        """Take what is this node's of one diagnostic array, `{status name: {"level", "message", "values"}}`."""
+        prefix = f"{self.node}: "
+        items = {name.removeprefix(prefix): status for name, status in statuses.items() if name.startswith(prefix)}
+        if items:
+            self._items = items
+            self.count += 1
 
     def text(self, item: str, key: str) -> str:
         """Return a value of the status `item` (`input`, `output`, `model`); "" before it is known."""
@@ -121,3 +116,18 @@ class Diagnostics:
                 stage, percentile = key.removesuffix("_ms").rsplit("_", 1)
                 stages.setdefault(stage, {})[percentile] = float(value)
         return stages
+
+
+def follow(watch: Process, nodes: Sequence[Diagnostics]) -> None:
+    """Keep the diagnostics of nodes new, from what the process `nodes.watch` prints, in a thread of its own."""
+    lines = watch.popen.stdout
+    assert lines is not None
+
+    def read() -> None:
+        with suppress(ValueError):  # the pipe is closed under us at the end
+            for line in lines:
+                statuses = json.loads(line)
+                for node in nodes:
+                    node.take(statuses)
+
+    Thread(target=read, daemon=True).start()

@@ -13,6 +13,7 @@ import matplotlib
 import numpy as np
 
 from deeprob_perception.demo.recording import Figures, Labels
+from deeprob_perception.demo.tracks import Tracking
 
 # Larger videos stay a file beside the report: browsers get slow on data URIs of many megabytes.
 INLINE_LIMIT = 8_000_000
@@ -29,20 +30,22 @@ _INK, _MUTED, _ACCENT = "#1d2733", "#6b7785", "#2563eb"
 
 
 def write(
-    path: Path, summary: dict[str, Any], figures: Figures, labels: Labels, video: Path, metadata: dict[str, str]
+    path: Path, summary: dict[str, Any], figures: Figures, labels: Labels, video: Path, metadata: dict[str, str],
+    found: Tracking | None = None, tracks_video: Path | None = None,
 ) -> None:
     """Write the report.
 
     :param summary: as in `summary.json`. :param video: the overlay video, taken in while it is below INLINE_LIMIT.
-    :param metadata: the model file's own description.
+    :param metadata: the model file's own description. :param found: of the tracking node; its video is `tracks_video`.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deeprob_perception.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined,
         trim_blocks=True, lstrip_blocks=True)
-    inline = video.stat().st_size <= INLINE_LIMIT
     html = environment.get_template("report.html").render(
         summary=summary,
-        video=data_uri(video.read_bytes(), "video/mp4") if inline else video.name,
+        video=film(video),
+        tracks_video=film(tracks_video) if found and found.frames and tracks_video else "",
+        tracks_poster=picture(found.poster) if found and found.frames else "",
         poster=picture(figures.pictures["poster"]),
         sheet=picture(figures.pictures["sheet"]),
         plot=data_uri(latency_plot(figures).encode(), "image/svg+xml"),
@@ -57,6 +60,11 @@ def write(
 def data_uri(content: bytes, kind: str) -> str:
     """Return bytes as a data URI of the media type `kind`."""
     return f"data:{kind};base64,{base64.b64encode(content).decode()}"
+
+
+def film(video: Path) -> str:
+    """Return a video as a data URI while it is below INLINE_LIMIT, else the name of the file beside the report."""
+    return data_uri(video.read_bytes(), "video/mp4") if video.stat().st_size <= INLINE_LIMIT else video.name
 
 
 def picture(bgr: np.ndarray) -> str:

@@ -12,6 +12,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+import cv2
 import numpy as np
 from rich.console import Console
 from rich.live import Live
@@ -20,8 +21,8 @@ from rich.text import Text
 
 from deeprob_perception import machine, zoo
 from deeprob_perception.bags import Topic, open_bag
-from deeprob_perception.demo import recording, report
-from deeprob_perception.demo.processes import Diagnostics, Process, isolated_environment
+from deeprob_perception.demo import recording, report, tracks
+from deeprob_perception.demo.processes import Diagnostics, Process, follow, isolated_environment
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -30,7 +31,9 @@ from deeprob_perception.replay_tasks import LABEL_INFO, MASK
 from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.share import share_dir
 
-NODE = "segmentation"
+NODE, TRACKING = "segmentation", "tracking"
+# Classes of the sample bag's ground truth whose first true mask is what somebody pointed at.
+POINTED_AT = ("ball", "mug")
 # Loading and compiling a model on a slow, busy machine; the first run of OpenVINO compiles without its cache.
 START_LIMIT = 180.0
 # After the last frame: an inference, and two readings of the diagnostics (1 Hz) that no longer differ.
@@ -40,13 +43,19 @@ LOOK = 0.1
 
 @dataclass
 class Options:
-    """What to show. bag: None is the sample bag that ships with the package. seconds: None plays it all."""
+    """What to show. bag: None is the sample bag that ships with the package. seconds: None plays it all.
+
+    tracking: run the tracking node, too. seed_mask: an image with objects' ids in the first frame of `bag`; the sample bag's
+    own are taken from its ground truth.
+    """
 
     out: Path
     model: str = "tabletop"
     bag: Path | None = None
     seconds: float | None = None
     backend: str = "auto"
+    tracking: bool = True
+    seed_mask: Path | None = None
 
 
 @dataclass
@@ -80,26 +89,37 @@ def run(options: Options, console: Console) -> Outcome:
     labels = recording.Labels(json.loads(metadata["classes"]), np.array(json.loads(metadata["palette"]), np.uint8))
     files = _Files(options.out)
     files.prepare()
+    truth = recording.truth_of(bag_path, image.name)
+    objects = plant(options, truth, files.seed) if options.tracking else {}
+    outputs = [MASK, LABEL_INFO, "/diagnostics", *(tracks.WANTED if options.tracking else ())]
 
     with ExitStack() as stack:
         stack.enter_context(_termination_as_interrupt())
         demo = _Processes(stack, files.logs, console)
-        demo.start(path, options.backend, image, [*inputs, MASK, LABEL_INFO, "/diagnostics"], files.recorded)
-        demo.play(bag_path, 1 + len(inputs), options.seconds)
+        demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded, options.tracking)
+        if objects:
+            demo.seed(files.seed)
+        demo.play(bag_path, 1 + len(inputs) + options.tracking, options.seconds)
         demo.settle()
         stages, counters = demo.diagnostics.percentiles(), demo.counters()
         facts = {key: demo.diagnostics.text("model", key)
                  for key in ("name", "sha256", "backend", "precision", "device", "input")}
+        followed = {"stages": demo.tracking.percentiles(), "model": demo.tracking.text("model", "name"),
+                    "backend": demo.tracking.text("model", "backend"), "precision": demo.tracking.text("model", "precision"),
+                    "dropped": int(demo.tracking.number("input", "dropped"))}
         demo.end()
 
     with console.status("reading the recording"):
-        truth = recording.truth_of(bag_path, image.name)
         unfit = unfit_for_sample(options.bag, labels.names)
         try:
             figures = recording.read(files.recorded, image.name, recording.Truth() if unfit else truth, labels,
                                      files.video, files.sheet)
         except PerceptionError as error:
             raise PerceptionError(f"no mask came: {error}; {demo.hint()}") from error
+        found = None
+        if options.tracking:
+            found = tracks.read(files.recorded, image.name, truth if options.bag is None else recording.Truth(), objects,
+                                files.tracks)
         figures.unscored = unfit or figures.unscored
         summary = {
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -117,14 +137,33 @@ def run(options: Options, console: Console) -> Outcome:
             "stages": stages,
             "score": figures.score,
             "unscored": figures.unscored,
+            "tracking": {**followed, **found.summary()} if found is not None and found.frames else None,
             "machine": machine.facts(),
             "versions": machine.versions(),
         }
         files.summary.write_text(json.dumps(summary, indent=2) + "\n")
-        report.write(files.report, summary, figures, labels, files.video, metadata)
+        report.write(files.report, summary, figures, labels, files.video, metadata, found, files.tracks)
     console.print(_table(summary))
     console.print(f"report: [bold]{files.report}[/]", highlight=False)
     return Outcome(summary, files.report)
+
+
+def plant(options: Options, truth: recording.Truth, path: Path) -> dict[int, str]:
+    """Write the mask of what is to be tracked, a PNG of ids; return the objects, id -> name. {} writes none."""
+    names = dict(enumerate(CLASS_SETS["tabletop"].names))
+    if options.seed_mask is not None:
+        mask = cv2.imread(str(options.seed_mask), cv2.IMREAD_GRAYSCALE)
+        if mask is None:
+            raise PerceptionError(f"--seed-mask {options.seed_mask}: no readable image; give a PNG whose pixels are ids")
+        objects = {int(i): f"object {i}" for i in np.unique(mask) if i}
+    elif options.bag is None:
+        objects = {i: name for i, name in names.items() if name in POINTED_AT}
+        mask = tracks.seed_from(truth, objects)
+    else:
+        return {}
+    if mask is None or not cv2.imwrite(str(path), mask):
+        return {}
+    return objects
 
 
 def camera_info_of(image_topic: str) -> str:
@@ -140,6 +179,7 @@ class _Files:
 
     def __post_init__(self) -> None:
         self.recorded, self.video = self.out / "demo.mcap", self.out / "overlay.mp4"
+        self.tracks, self.seed = self.out / "tracking.mp4", self.out / "seed_mask.png"
         self.sheet, self.summary = self.out / "contact_sheet.png", self.out / "summary.json"
         self.report, self.logs = self.out / "report.html", self.out / "logs"
 
@@ -147,39 +187,53 @@ class _Files:
         """Make the folder, without what an earlier run left: nothing old may pass for a result of this one."""
         try:
             self.logs.mkdir(parents=True, exist_ok=True)
-            for file in (self.recorded, self.video, self.sheet, self.summary, self.report, *self.logs.glob("*.log")):
+            for file in (self.recorded, self.video, self.tracks, self.seed, self.sheet, self.summary, self.report,
+                         *self.logs.glob("*.log")):
                 file.unlink(missing_ok=True)
         except OSError as error:
             raise PerceptionError(f"cannot write to {self.out}: {error.strerror}; name another folder with --out") from error
 
 
 class _Processes:
-    """Recorder, watcher, node and player, and what is known of them."""
+    """Recorder, watcher, nodes and player, and what is known of them."""
 
     def __init__(self, stack: ExitStack, logs: Path, console: Console):
         self._stack, self._logs, self._console = stack, logs, console
         self._environment = isolated_environment()
         self._running: list[Process] = []
-        self._heard = 0
+        self.diagnostics, self.tracking = Diagnostics(NODE), Diagnostics(TRACKING)
+        self._nodes = [self.diagnostics]
 
     def _begin(self, name: str, *command: str, piped: bool = False) -> Process:
         process = Process(name, self._logs / f"{name}.log", self._environment, *command, piped=piped)
         self._running.append(process)
         return self._stack.enter_context(process)
 
-    def start(self, model: Path, backend: str, image: Topic, topics: list[str], recorded: Path) -> None:
-        """Start all but the player and return when the node is active and the recorder hears its masks."""
+    def start(self, model: Path, backend: str, image: Topic, topics: list[str], recorded: Path,
+              tracking: bool) -> None:
+        """Start all but the player and return when the nodes are active and the recorder hears them."""
         self._recorder = self._begin("recorder", "deeprob_perception", "record", str(recorded),
                                      *(word for topic in topics for word in ("--topics", topic)))
-        self.diagnostics = Diagnostics(self._begin("watch", "deeprob_perception.nodes.watch", piped=True), NODE)
+        follow(self._begin("watch", "deeprob_perception.nodes.watch", piped=True), (self.diagnostics, self.tracking))
         compressed = image.msgtype == COMPRESSED_IMAGE
-        self._begin(NODE, "deeprob_perception.nodes.segmentation", "--ros-args",
-                    "-r", f"image:={image.name.removesuffix('/compressed') if compressed else image.name}",
-                    "-p", f"image_transport:={'compressed' if compressed else 'raw'}",
-                    "-p", f"model:={model}", "-p", f"backend:={backend}")
+        camera = ("-r", f"image:={image.name.removesuffix('/compressed') if compressed else image.name}",
+                  "-p", f"image_transport:={'compressed' if compressed else 'raw'}", "-p", f"backend:={backend}")
+        self._begin(NODE, "deeprob_perception.nodes.segmentation", "--ros-args", *camera, "-p", f"model:={model}")
+        if tracking:
+            self._nodes.append(self.tracking)
+            self._begin(TRACKING, "deeprob_perception.nodes.tracking", "--ros-args", *camera)
         with self._console.status(f"starting recorder and node, loading {model.name}"):
             self._wait(lambda: "mask" in self.diagnostics.text("output", "listened_to").split(), START_LIMIT,
                        "the segmentation node did not get ready")
+            if tracking:
+                self._wait(lambda: {"tracks", "features_rgb"} <= set(self.tracking.text("output", "listened_to").split()),
+                           START_LIMIT, "the tracking node did not get ready")
+
+    def seed(self, mask: Path) -> None:
+        """Tell the tracking node what to track from the first frame on."""
+        seeding = self._begin("seed", "deeprob_perception", "seed", "--mask", str(mask), "--timeout", "60")
+        if seeding.popen.wait() != 0:
+            raise PerceptionError(f"the objects could not be given to the tracking node: {seeding.last_words()}")
 
     def play(self, bag: Path, listeners: int, seconds: float | None) -> None:
         """Play the bag as soon as it has so many subscriptions; show how the node does until it or `seconds` are over."""
@@ -207,13 +261,14 @@ class _Processes:
             raise PerceptionError(f"the player ended with status {player.status}: {player.last_words()}")
 
     def settle(self) -> None:
-        """Return when the node has worked off what it received, by two equal readings, or after SETTLE_LIMIT."""
+        """Return when the nodes have worked off what they received, by two equal readings, or after SETTLE_LIMIT."""
         deadline = time.monotonic() + SETTLE_LIMIT
-        before, count = -1.0, self.diagnostics.count
+        before, counts = [-1.0], [node.count for node in self._nodes]
         while time.monotonic() < deadline:
             self._check()
-            if self.diagnostics.count > count:
-                now, count = self.diagnostics.number("output", "published"), self.diagnostics.count
+            if all(node.count > count for node, count in zip(self._nodes, counts, strict=True)):
+                counts = [node.count for node in self._nodes]
+                now = [node.number("output", "published") for node in self._nodes]
                 if now == before:
                     return
                 before = now
@@ -248,10 +303,11 @@ class _Processes:
 
     def _check(self, but: Process | None = None) -> None:
         """Raise if a process died or the node cannot load its model."""
-        if failure := self.diagnostics.failure():
-            raise PerceptionError(f"the segmentation node is {failure}")
+        for node in self._nodes:
+            if failure := node.failure():
+                raise PerceptionError(f"the {node.node} node is {failure}")
         for process in self._running:
-            if process is not but and process.name != "player" and process.status is not None:
+            if process is not but and process.name not in ("player", "seed") and process.status is not None:
                 raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
                                       f"{process.last_words()} (log: {process.log})")
 
@@ -306,4 +362,13 @@ def _table(summary: dict[str, Any]) -> Table:
         table.add_row("mIoU against ground truth", f"[bold]{score['miou']:.3f}[/]  ({score['frames']} frames)")
     else:
         table.add_row("score", f"none: {summary['unscored']}")
+    if tracking := summary["tracking"]:
+        latency = tracking["latency_ms"]
+        table.add_row("tracking", f"{tracking['model']} on {tracking['backend']} {tracking['precision']}")
+        table.add_row("  frames tracked", f"{tracking['frames']}; {tracking['dropped']} dropped")
+        table.add_row("  camera stamp to recorded tracks", " / ".join(f"{latency[p]:.0f}" for p in ("p50", "p95", "p99"))
+                      + " ms (p50 / p95 / p99)")
+        table.add_row("  points in sight, median", f"{tracking['points_visible_median']:.0f}")
+        for name, value in tracking["iou"].items():
+            table.add_row(f"  IoU of {name}", "none" if value is None else f"{value:.3f}")
     return table

@@ -3,6 +3,8 @@
 
 import numpy as np
 
+from deeprob_perception.tracking.blas import one_thread
+
 RENEWED = 0.05  # share of mean and covariance that a frame renews
 EVERY = 15  # frames between two bases: solving for one costs milliseconds
 
@@ -26,6 +28,10 @@ class FeatureColours:
 
     def __call__(self, features: np.ndarray) -> np.ndarray:
         """Return colours uint8 `[h, w, 3]` of features float32 `[h, w, C]`."""
+        with one_thread():
+            return self._colours(features)
+
+    def _colours(self, features: np.ndarray) -> np.ndarray:
         flat = features.reshape(-1, features.shape[-1])
         mean = flat.mean(0)
         centred = flat - mean

@@ -6,22 +6,17 @@ from dataclasses import dataclass
 
 import cv2
 import numpy as np
-from threadpoolctl import ThreadpoolController
 
 from deeprob_perception.engines import Engine
 from deeprob_perception.errors import ImageError, ModelError, OrderError, SeedError
 from deeprob_perception.timing import Stages
+from deeprob_perception.tracking.blas import one_thread
 from deeprob_perception.tracking.masks import MaskTracker, Propagation, paint
 from deeprob_perception.tracking.points import Following, PointTracker
 
 JUMP_NS = 1_000_000_000  # a stamp that goes back by more is a clock that was set, or a bag that began anew
 FLAT = 3.0  # grey levels: an image of less contrast (standard deviation) shows nothing to track
 SHAPES_DIFFER = 0.02  # how much the aspect ratio of a mask may differ from the image's
-
-
-# Products here are small: a second thread of BLAS gains little, and spins while the engine's threads want the cores (on two
-# busy cores mask propagation took 490 ms a frame with two threads and 90 ms with one).
-_BLAS = ThreadpoolController()
 
 
 @dataclass(frozen=True)
@@ -135,10 +130,10 @@ class Tracker:
         if blind and self._last is not None:
             self._last = self._unseen(features)
             return self._last
-        with self.stages.measure("points"), _BLAS.limit(limits=1, user_api="blas"):
+        with self.stages.measure("points"), one_thread():
             self.points.update(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), features)
         mask = None
-        with self.stages.measure("mask"), _BLAS.limit(limits=1, user_api="blas"):
+        with self.stages.measure("mask"), one_thread():
             if self.masks.ids:
                 shares = self.masks.update(features)
                 mask = paint(shares, self.masks.ids, *self._size)
