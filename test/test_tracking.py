@@ -189,6 +189,29 @@ def test_an_object_added_or_corrected_later_is_kept_though_older_frames_called_i
     assert len(tracker.masks._given) == 2  # the frame of each object's newest mask: corrections do not pile up
 
 
+@pytest.mark.parametrize("hidden", [False, True])
+def test_points_come_back_to_where_they_started(tmp_path, hidden):
+    """The whole scene moves; or it does not, and half of it is another one for some frames: then points are lost."""
+    (tmp_path / "images").mkdir()
+    (tmp_path / "masks").mkdir()
+    wide = texture(5, HEIGHT, WIDTH + 40)
+    for i in range(8):
+        picture = wide[:, 3 * i : 3 * i + WIDTH].copy()
+        if hidden and 3 <= i < 6:
+            picture[:, : WIDTH // 2] = texture(77)[:, : WIDTH // 2]
+        cv2.imwrite(str(tmp_path / "images" / f"{i}.png"), picture)
+    cv2.imwrite(str(tmp_path / "masks" / "0.png"), np.full((HEIGHT, WIDTH), 1, np.uint8))
+    sequence = evaluate.find_sequences(tmp_path)[0]
+    engine = PixelEngine()
+    found = evaluate.there_and_back(lambda image: engine(image=image[None], outputs=("features",))["features"][0], sequence)
+    assert found["frames"] == 8 and found["points"] > 20
+    assert found["median"] < 0.3
+    if hidden:
+        assert found["there"] < 0.85
+    else:
+        assert found["there"] > 0.7 and found["back"] > 0.9 * found["there"] and found["within_2"] > 0.95
+
+
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5), st.integers(1, 6))
 @settings(max_examples=25, deadline=None)
 def test_shares_are_shares_and_paint_gives_ids_that_were_given(seed, objects, frames):

@@ -140,6 +140,7 @@ def tracking(
         runs = [(name, sequence) for sequence in sequences for name in methods]
         for name, sequence in track(runs, f"{path.name} on {engine.backend} {engine.precision}", console=console):
             found[name][sequence.name] = scoring.evaluate(sequence, methods[name])
+        followed = {sequence.name: scoring.there_and_back(features_of(engine), sequence) for sequence in sequences}
 
     def mean(scores: dict[str, dict[str, float] | None]) -> dict[str, float]:
         scored = [s for s in scores.values() if s is not None]
@@ -154,9 +155,15 @@ def tracking(
     for key, title in (("j", "mean J"), ("f", "mean F"), ("jf", "mean J&F")):
         table.add_row(title, *(f"{means[name][key]:.3f}" for name in methods))
     console.print(table)
+    points = Table("points", "frames", "chosen", "there", "there and back", "median, px", "90 %, px", "within 2 px",
+                   title="points followed through each clip and back: distance from the start")
+    for name, way in followed.items():
+        points.add_row(name, f"{way['frames']}", f"{way['points']}", f"{way['there']:.0%}", f"{way['back']:.0%}",
+                       f"{way['median']:.2f}", f"{way['p90']:.2f}", f"{way['within_2']:.0%}")
+    console.print(points)
     if json_file:
         report = {
-            **means[path.stem], "sequences": found[path.stem],
+            **means[path.stem], "forward_backward": followed, "sequences": found[path.stem],
             "baselines": {name: {**means[name], "sequences": found[name]} for name in methods if name != path.stem},
             "model": path.name, "backend": engine.backend, "precision": engine.precision, "input": [height, width],
         }  # fmt: skip

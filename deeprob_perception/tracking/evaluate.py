@@ -10,6 +10,7 @@ import numpy as np
 
 from deeprob_perception.errors import DataError
 from deeprob_perception.tracking.masks import MaskTracker, Propagation, paint
+from deeprob_perception.tracking.points import Following, PointTracker
 from deeprob_perception.tracking.scores import score_sequence
 
 # Image BGR uint8 [H, W, 3] -> features float32 [h, w, C], of unit length.
@@ -109,7 +110,7 @@ def propagate(features: Features, settings: Propagation | None = None) -> Method
 
     def run(sequence: Sequence) -> list[np.ndarray]:
         tracker, found = MaskTracker(settings), []
-        for i, (image, now) in enumerate(prefetched(sequence)):
+        for i, (image, now) in enumerate(frames_of(sequence)):
             seen = features(image)
             given = now
             mask = paint(tracker.update(seen), tracker.ids, *image.shape[:2]) if i else np.zeros(image.shape[:2], np.uint8)
@@ -125,7 +126,7 @@ def propagate(features: Features, settings: Propagation | None = None) -> Method
 def still(sequence: Sequence) -> list[np.ndarray]:
     """The masks that were given, kept where they are."""
     found: list[np.ndarray] = []
-    for image, given in prefetched(sequence):
+    for image, given in frames_of(sequence):
         last = found[-1] if found else np.zeros(image.shape[:2], np.uint8)
         found.append(last if given is None else np.where(given > 0, given, last))
     return found
@@ -136,7 +137,7 @@ def warped(sequence: Sequence) -> list[np.ndarray]:
     flow_of = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     found: list[np.ndarray] = []
     last: np.ndarray | None = None
-    for image, given in prefetched(sequence):
+    for image, given in frames_of(sequence):
         height, width = image.shape[:2]
         scale = min(1.0, FLOW_SIDE / height)
         grey = cv2.cvtColor(cv2.resize(image, None, fx=scale, fy=scale, interpolation=cv2.INTER_AREA), cv2.COLOR_BGR2GRAY)
@@ -164,6 +165,42 @@ def rgb_patches(height: int, width: int, patch: int) -> Features:
     return features
 
 
-def prefetched(sequence: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+def there_and_back(features: Features, sequence: Sequence, frames: int = 60) -> dict[str, float]:
+    """Follow points through a clip and back again; return how far from their start they arrive.
+
+    Says something of clips without any truth (Kalal et al., "Forward-Backward Error", ICPR 2010), though not all: an error
+    that is the same both ways goes unseen.
+
+    :return: `points` chosen in the first frame, `there` (share in sight in the last one), `back` (share in sight in the first
+        one again), `median` and `p90` of the latter's distance from the start, pixels, `within_2`: share of them within 2 px.
+    """
+    images = [read_bgr(path) for path in sequence.images[:frames]]
+    greys, seen = [cv2.cvtColor(image, cv2.COLOR_BGR2GRAY) for image in images], [features(image) for image in images]
+    forward, backward = PointTracker(), PointTracker(Following(count=0))
+    forward.update(greys[0], seen[0])
+    start = dict(zip(forward.ids.tolist(), forward.places.copy(), strict=True))
+    for grey, found in zip(greys[1:], seen[1:], strict=True):
+        forward.update(grey, found)
+    there = [i for i, number in enumerate(forward.ids.tolist()) if forward.visible[i] and number in start]
+    backward.update(greys[-1], seen[-1])
+    distances: list[float] = []
+    if there:
+        origin = dict(zip(backward.seed(forward.places[there]).tolist(), forward.ids[there].tolist(), strict=True))
+        for grey, found in zip(greys[-2::-1], seen[-2::-1], strict=True):
+            backward.update(grey, found)
+        distances = [float(np.linalg.norm(place - start[origin[number]])) for number, place, visible
+                     in zip(backward.ids.tolist(), backward.places, backward.visible.tolist(), strict=True) if visible]
+    nothing = not distances
+    return {
+        "frames": len(images), "points": len(start), "there": len(there) / max(1, len(start)),
+        "back": len(distances) / max(1, len(start)),
+        "median": float("nan") if nothing else float(np.median(distances)),
+        "p90": float("nan") if nothing else float(np.percentile(distances, 90)),
+        "within_2": float("nan") if nothing else float(np.mean(np.array(distances) <= 2)),
+    }  # fmt: skip
+
+
+def frames_of(sequence: Sequence) -> Iterator[tuple[np.ndarray, np.ndarray | None]]:
+    """Yield each image, and the mask that a method is shown with it, or None."""
     for i, path in enumerate(sequence.images):
         yield read_bgr(path), sequence.given(i)
