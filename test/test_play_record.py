@@ -126,23 +126,35 @@ def test_play_loops_until_it_is_told_to_stop_and_publishes_the_clock(tmp_path, b
 
 
 @pytest.mark.parametrize("alive", [True, False])
-def test_a_signal_while_the_last_messages_are_awaited_is_no_error(monkeypatch, alive):
+def test_a_signal_while_the_last_messages_are_awaited_is_no_error(monkeypatch, bag, alive):
     from deeprob_perception.nodes import play
 
     answers = iter([True, alive])  # the signal comes after the first look, or the fault is none of a signal's
     monkeypatch.setattr(play.rclpy, "ok", lambda: next(answers))
+    monkeypatch.setattr(play.rclpy, "init", lambda: None)
+    monkeypatch.setattr(play.rclpy, "try_shutdown", lambda: None)
+    monkeypatch.setattr(play, "Node", lambda *_, **__: None)
 
     class Publisher:
         def wait_for_all_acked(self, timeout):
             raise RuntimeError("publisher's context is invalid")
 
-    player = play.Player.__new__(play.Player)
-    player._publishers = {"/a": Publisher()}
+    class Played(play.Player):
+        def __init__(self, *_):
+            self._publishers, self.sent = {"/a": Publisher()}, {"/a": 3}
+
+        def wait_for_subscribers(self):
+            pass
+
+        def run(self):
+            pass
+
+    monkeypatch.setattr(play, "Player", Played)
     if alive:
         with pytest.raises(RuntimeError, match="context"):
-            player.finish()
+            play.play(bag, play.PlayOptions())
     else:
-        player.finish()
+        assert play.play(bag, play.PlayOptions()) == {"/a": 3}
 
 
 @pytest.mark.parametrize(("arguments", "words"), [

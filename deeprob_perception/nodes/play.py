@@ -85,13 +85,13 @@ def play(path: str | Path, options: PlayOptions, say: Callable[[str], None] = lo
             try:
                 player.wait_for_subscribers()
                 player.run()
+                player.finish()
             except KeyboardInterrupt:
                 pass
             except Exception:
-                # A signal ends ROS at once, also under a callback that publishes.
+                # A signal ends ROS at once, also under what publishes or waits.
                 if rclpy.ok():
                     raise
-            player.finish()
             return player.sent
         finally:
             rclpy.try_shutdown()
@@ -205,11 +205,7 @@ class Player:
             self._clock.publish(message)
 
     def finish(self) -> None:
-        """Wait until the reliable subscribers have what was sent, or a signal ends ROS."""
+        """Wait until the reliable subscribers have what was sent."""
         for publisher in self._publishers.values():
-            try:
-                if rclpy.ok():
-                    publisher.wait_for_all_acked(Duration(seconds=5))
-            except Exception:  # a signal between the question and the wait, or in the wait
-                if rclpy.ok():
-                    raise
+            if rclpy.ok():
+                publisher.wait_for_all_acked(Duration(seconds=5))
