@@ -8,7 +8,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-import cv2
 import numpy as np
 
 from deeprob_perception.engines import Engine
@@ -18,6 +17,7 @@ from deeprob_perception.messages.clouds import POINT_CLOUD, make_tracks
 from deeprob_perception.segmentation import Segmenter, overlay
 from deeprob_perception.segmentation.scores import Confusion
 from deeprob_perception.timing import Stages
+from deeprob_perception.tracking.evaluate import read_mask
 from deeprob_perception.tracking.overlay import TrackOverlay, colour_of
 from deeprob_perception.tracking.tracker import Tracker
 
@@ -130,10 +130,8 @@ class TrackingTask:
         self._waiting: tuple[int, np.ndarray] | None = None
         ids = list(seeds.classes)
         if seeds.mask is not None:
-            mask = cv2.imread(str(seeds.mask), cv2.IMREAD_GRAYSCALE)
-            if mask is None:
-                raise DataError(f"--seed-mask {seeds.mask}: no readable image; give a PNG whose pixels are ids of objects")
-            self.tracker.seed_mask(np.asarray(mask, np.uint8))
+            mask = read_mask(seeds.mask)
+            self.tracker.seed_mask(mask)
             ids = [int(i) for i in np.unique(mask) if i]
         if seeds.classes:
             if first_truth is None:

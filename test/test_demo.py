@@ -19,6 +19,7 @@ import pytest
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
 from deeprob_perception.demo import report
+from deeprob_perception.demo.processes import isolated_environment
 from deeprob_perception.demo.recording import Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, deserialize, make_header, stamp_ns
@@ -156,7 +157,7 @@ def test_what_was_pointed_at_is_tracked_from_the_first_frame_on(run: Run) -> Non
 ])  # fmt: skip
 def test_seed_says_what_is_wrong(arguments: list[str], words: str) -> None:
     run = subprocess.run([sys.executable, "-m", "deeprob_perception", "seed", *arguments], capture_output=True, text=True,
-                         env=os.environ | {"ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST", "ROS_DOMAIN_ID": "77"})
+                         env=isolated_environment())
     assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 

@@ -66,6 +66,15 @@ def scene(x: float, y: float, hidden: bool = False) -> tuple[np.ndarray, np.ndar
     return ground, mask
 
 
+def scene_of_two() -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return the scene with a red box in a corner, the square's mask (id 7), and the box's (id 3)."""
+    picture, mask = scene(24, 32)
+    other = np.zeros_like(mask)
+    other[88:112, 120:152] = 3
+    picture[other > 0] = (20, 20, 230)
+    return picture, mask, other
+
+
 def iou(a: np.ndarray, b: np.ndarray) -> float:
     return np.count_nonzero(a & b) / max(1, np.count_nonzero(a | b))
 
@@ -158,10 +167,7 @@ def test_a_lost_object_never_takes_the_patches_of_its_twin():
 
 def test_objects_can_be_added_and_a_seed_replaces_all_otherwise():
     tracker = Tracker(PixelEngine(), Following(count=0))
-    picture, mask = scene(24, 32)
-    other = np.zeros_like(mask)
-    other[88:112, 120:152] = 3
-    picture[other > 0] = (20, 20, 230)
+    picture, mask, other = scene_of_two()
     tracker.seed_mask(mask)
     tracker.update(picture, 1)
     tracker.seed_mask(other, keep=True)
@@ -175,10 +181,7 @@ def test_objects_can_be_added_and_a_seed_replaces_all_otherwise():
 @pytest.mark.parametrize("corrections", [1, 3, 12])
 def test_an_object_added_or_corrected_later_is_kept_though_older_frames_called_it_background(corrections):
     tracker = Tracker(PixelEngine(), Following(count=0))
-    picture, mask = scene(24, 32)
-    other = np.zeros_like(mask)
-    other[88:112, 120:152] = 3
-    picture[other > 0] = (20, 20, 230)
+    picture, mask, other = scene_of_two()
     tracker.seed_mask(mask)
     for step in range(corrections):
         tracker.seed_mask(other, keep=True)

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deeprob_perception.cli import app
+from deeprob_perception.cli.replay import place
 from deeprob_perception.errors import PerceptionError
 
 Topics = Annotated[list[str] | None, typer.Option(help="A topic; repeat for several. Default: all.")]
@@ -77,26 +78,12 @@ def seed(
     """Tell a running tracking node what to track from its next frame on."""
     require_ros()
     from deeprob_perception.nodes.seed import seed as run
+    from deeprob_perception.tracking.evaluate import read_mask
 
     if mask is None and not point:
         raise typer.BadParameter("give --mask or --point")
-    ids = None
-    if mask is not None:
-        import cv2
-
-        ids = cv2.imread(str(mask), cv2.IMREAD_GRAYSCALE)
-        if ids is None:
-            raise PerceptionError(f"--mask {mask}: no readable image; give a PNG whose pixels are ids of objects")
-    run(node, ids, [place(text) for text in point or ()], timeout)
-
-
-def place(text: str) -> tuple[float, float]:
-    """Return X,Y of an option as numbers."""
-    try:
-        x, y = (float(part) for part in text.split(","))
-    except ValueError:
-        raise typer.BadParameter(f"--point {text}: write X,Y in pixels") from None
-    return x, y
+    points = [place("--point", text) for text in point or ()]
+    run(node, None if mask is None else read_mask(mask), points, timeout)
 
 
 def say(line: str) -> None:

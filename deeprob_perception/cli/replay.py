@@ -63,7 +63,7 @@ def replay(
         raise typer.BadParameter(f"--task {task}: want segmentation or tracking")
     if task == "tracking" and (expect is not None and min_iou is not None):
         raise typer.BadParameter("--min-iou compares masks of segmentation; tracking is compared by --expect alone")
-    seeds = Seeds(seed_mask, [place(text) for text in seed_point or ()], seed_class or ())
+    seeds = Seeds(seed_mask, [place("--seed-point", text) for text in seed_point or ()], seed_class or ())
     model = model or ("dino" if task == "tracking" else "tabletop")
     console = Console(stderr=True)
     columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -92,12 +92,12 @@ def replay(
         raise typer.Exit(1)
 
 
-def place(text: str) -> tuple[float, float]:
-    """Return x, y of `X,Y`."""
+def place(option: str, text: str) -> tuple[float, float]:
+    """Return x, y of an option's `X,Y`."""
     try:
         x, y = map(float, text.split(","))
     except ValueError:
-        raise typer.BadParameter(f"--seed-point {text}: want X,Y in pixels, such as 320,240") from None
+        raise typer.BadParameter(f"{option} {text}: want X,Y in pixels, such as 320,240") from None
     return x, y
 
 

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 import rclpy
-from geometry_msgs.msg import PointStamped
+from geometry_msgs.msg import Point, PointStamped
 from rclpy.duration import Duration
 from rclpy.node import Node
 from rclpy.publisher import Publisher
@@ -18,7 +18,8 @@ from deeprob_perception.messages.cdr import IMAGE, make_header, serialize
 from deeprob_perception.messages.images import make_image
 from deeprob_perception.nodes.dds import use_large_image_profile
 
-QOS = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
+# Seeds are few and each counts.
+SEEDS = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
 LOOK = 0.05  # seconds
 
 
@@ -33,31 +34,24 @@ def seed(node_name: str, mask: np.ndarray | None, points: Sequence[tuple[float, 
     try:
         node = Node("deeprob_seed", start_parameter_services=False)
         if mask is not None:
-            publisher = node.create_publisher(Image, f"{node_name}/seed_mask", QOS)
-            _wait(publisher, timeout)
-            publisher.publish(serialize(make_image(mask, "mono8", make_header(time.time_ns(), "")), IMAGE))
-            _heard(publisher, timeout)
+            image = serialize(make_image(mask, "mono8", make_header(time.time_ns(), "")), IMAGE)
+            _send(node.create_publisher(Image, f"{node_name}/seed_mask", SEEDS), [image], timeout)
         if points:
-            publisher = node.create_publisher(PointStamped, f"{node_name}/seed_point", QOS)
-            _wait(publisher, timeout)
-            for x, y in points:
-                message = PointStamped()
-                message.point.x, message.point.y = x, y
-                publisher.publish(message)
-            _heard(publisher, timeout)
+            places = [PointStamped(point=Point(x=x, y=y)) for x, y in points]
+            _send(node.create_publisher(PointStamped, f"{node_name}/seed_point", SEEDS), places, timeout)
     finally:
         rclpy.try_shutdown()
 
 
-def _wait(publisher: Publisher, timeout: float) -> None:
+def _send(publisher: Publisher, messages: Sequence[bytes | PointStamped], timeout: float) -> None:
+    """Publish as soon as somebody listens, and return when all are received."""
     deadline = time.monotonic() + timeout
     while not publisher.get_subscription_count():
         if time.monotonic() > deadline:
             raise SeedError(f"nobody listens to {publisher.topic_name} after {timeout:g} s: is the tracking node active, "
                             "and is --node its name?")
         time.sleep(LOOK)
-
-
-def _heard(publisher: Publisher, timeout: float) -> None:
+    for message in messages:
+        publisher.publish(message)
     if not publisher.wait_for_all_acked(Duration(seconds=timeout)):
         raise SeedError(f"the seeds sent to {publisher.topic_name} were not taken within {timeout:g} s")

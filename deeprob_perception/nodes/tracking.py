@@ -9,7 +9,6 @@ from typing import Any
 import cv2
 import numpy as np
 from geometry_msgs.msg import PointStamped
-from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy
 from rclpy.service import Service
 from rclpy.subscription import Subscription
 from sensor_msgs.msg import CompressedImage, Image, PointCloud2
@@ -22,13 +21,11 @@ from deeprob_perception.messages.clouds import POINT_CLOUD, make_tracks
 from deeprob_perception.messages.images import make_compressed, make_image, to_array
 from deeprob_perception.nodes.base import CameraNode, engine_facts, engine_settings, measured, spin
 from deeprob_perception.nodes.parameters import Setting
+from deeprob_perception.nodes.seed import SEEDS
 from deeprob_perception.tracking.colours import FeatureColours
 from deeprob_perception.tracking.overlay import TrackOverlay
 from deeprob_perception.tracking.points import Following
 from deeprob_perception.tracking.tracker import Tracker, Tracks
-
-# Seeds are few and each counts.
-SEEDS = QoSProfile(depth=50, reliability=ReliabilityPolicy.RELIABLE, durability=DurabilityPolicy.VOLATILE)
 
 SETTINGS = (
     *engine_settings("dino"),

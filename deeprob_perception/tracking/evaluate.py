@@ -84,7 +84,7 @@ def read_mask(path: Path) -> np.ndarray:
         with Image.open(path) as image:
             return np.asarray(image if image.mode in ("P", "L") else image.convert("L"), np.uint8)
     except (OSError, UnidentifiedImageError, ValueError) as error:
-        raise DataError(f"{path} is no readable mask ({error})") from error
+        raise DataError(f"{path} is no readable mask ({error}); give an image whose pixels are ids of objects") from error
 
 
 def fit(mask: np.ndarray, height: int, width: int) -> np.ndarray:
