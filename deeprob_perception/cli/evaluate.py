@@ -140,7 +140,8 @@ def tracking(
         runs = [(name, sequence) for sequence in sequences for name in methods]
         for name, sequence in track(runs, f"{path.name} on {engine.backend} {engine.precision}", console=console):
             found[name][sequence.name] = scoring.evaluate(sequence, methods[name])
-        followed = {sequence.name: scoring.there_and_back(features_of(engine), sequence) for sequence in sequences}
+        followed = {sequence.name: scoring.there_and_back(features_of(engine), sequence)
+                    for sequence in track(sequences, "points, there and back", console=console)}
 
     def mean(scores: dict[str, dict[str, float] | None]) -> dict[str, float]:
         scored = [s for s in scores.values() if s is not None]

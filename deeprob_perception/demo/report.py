@@ -31,12 +31,12 @@ _INK, _MUTED, _ACCENT = "#1d2733", "#6b7785", "#2563eb"
 
 def write(
     path: Path, summary: dict[str, Any], figures: Figures, labels: Labels, video: Path, metadata: dict[str, str],
-    found: Tracking | None = None, tracks_video: Path | None = None,
+    found: Tracking | None = None,
 ) -> None:
     """Write the report.
 
     :param summary: as in `summary.json`. :param video: the overlay video, taken in while it is below INLINE_LIMIT.
-    :param metadata: the model file's own description. :param found: of the tracking node; its video is `tracks_video`.
+    :param metadata: the model file's own description. :param found: of the tracking node.
     """
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("deeprob_perception.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined,
@@ -44,8 +44,8 @@ def write(
     html = environment.get_template("report.html").render(
         summary=summary,
         video=film(video),
-        tracks_video=film(tracks_video) if found and found.frames and tracks_video else "",
-        tracks_poster=picture(found.poster) if found and found.frames else "",
+        tracks_video=film(found.video) if found else "",
+        tracks_poster=picture(found.poster) if found else "",
         poster=picture(figures.pictures["poster"]),
         sheet=picture(figures.pictures["sheet"]),
         plot=data_uri(latency_plot(figures).encode(), "image/svg+xml"),

@@ -30,6 +30,7 @@ from deeprob_perception.replay import truth_topic
 from deeprob_perception.replay_tasks import LABEL_INFO, MASK
 from deeprob_perception.segmentation.classes import CLASS_SETS
 from deeprob_perception.share import share_dir
+from deeprob_perception.tracking.evaluate import read_mask
 
 NODE, TRACKING = "segmentation", "tracking"
 # Classes of the sample bag's ground truth whose first true mask is what somebody pointed at.
@@ -116,10 +117,8 @@ def run(options: Options, console: Console) -> Outcome:
                                      files.video, files.sheet)
         except PerceptionError as error:
             raise PerceptionError(f"no mask came: {error}; {demo.hint()}") from error
-        found = None
-        if options.tracking:
-            found = tracks.read(files.recorded, image.name, truth if options.bag is None else recording.Truth(), objects,
-                                files.tracks)
+        known = truth if options.bag is None and options.seed_mask is None else recording.Truth()
+        found = tracks.read(files.recorded, image.name, known, objects, files.tracks)
         figures.unscored = unfit or figures.unscored
         summary = {
             "date": datetime.now().astimezone().isoformat(timespec="seconds"),
@@ -137,12 +136,12 @@ def run(options: Options, console: Console) -> Outcome:
             "stages": stages,
             "score": figures.score,
             "unscored": figures.unscored,
-            "tracking": {**followed, **found.summary()} if found is not None and found.frames else None,
+            "tracking": {**followed, **found.summary()} if found else None,
             "machine": machine.facts(),
             "versions": machine.versions(),
         }
         files.summary.write_text(json.dumps(summary, indent=2) + "\n")
-        report.write(files.report, summary, figures, labels, files.video, metadata, found, files.tracks)
+        report.write(files.report, summary, figures, labels, files.video, metadata, found)
     console.print(_table(summary))
     console.print(f"report: [bold]{files.report}[/]", highlight=False)
     return Outcome(summary, files.report)
@@ -150,19 +149,19 @@ def run(options: Options, console: Console) -> Outcome:
 
 def plant(options: Options, truth: recording.Truth, path: Path) -> dict[int, str]:
     """Write the mask of what is to be tracked, a PNG of ids; return the objects, id -> name. {} writes none."""
-    names = dict(enumerate(CLASS_SETS["tabletop"].names))
+    mask: np.ndarray | None
     if options.seed_mask is not None:
-        mask = cv2.imread(str(options.seed_mask), cv2.IMREAD_GRAYSCALE)
-        if mask is None:
-            raise PerceptionError(f"--seed-mask {options.seed_mask}: no readable image; give a PNG whose pixels are ids")
+        mask = read_mask(options.seed_mask)
         objects = {int(i): f"object {i}" for i in np.unique(mask) if i}
     elif options.bag is None:
-        objects = {i: name for i, name in names.items() if name in POINTED_AT}
+        objects = {i: name for i, name in enumerate(CLASS_SETS["tabletop"].names) if name in POINTED_AT}
         mask = tracks.seed_from(truth, objects)
     else:
         return {}
-    if mask is None or not cv2.imwrite(str(path), mask):
+    if mask is None:
         return {}
+    if not cv2.imwrite(str(path), mask):
+        raise PerceptionError(f"cannot write {path}; name another folder with --out")
     return objects
 
 

@@ -29,12 +29,13 @@ WANTED = (TRACKS, OBJECT_MASK, FEATURES_RGB)
 class Tracking:
     """What a recording shows of tracking.
 
-    frames: those that were tracked. latency: ms from a frame's stamp to its tracks' arrival at the recorder.
-    visible: points in sight, of each frame. oldest: frames through which the longest-lived point was followed.
-    iou: of each object that was given, by name, against the ground truth, over `scored` frames; {} without truth.
+    video: the file with the pictures. frames: those that were tracked. latency: ms from a frame's stamp to its tracks'
+    arrival at the recorder. visible: points in sight, of each frame. oldest: frames through which the longest-lived point was
+    followed. iou: of each object that was given, by name, against the ground truth, over `scored` frames; {} without truth.
     poster: uint8 `[H, W, 3]` BGR.
     """
 
+    video: Path
     frames: int = 0
     latency: Samples = field(default_factory=Samples)
     visible: list[int] = field(default_factory=list)
@@ -64,62 +65,78 @@ def seed_from(truth: Truth, names: dict[int, str]) -> np.ndarray | None:
     return None
 
 
-def read(recorded: Path, image_topic: str, truth: Truth, objects: dict[int, str], video: Path) -> Tracking:
+def read(recorded: Path, image_topic: str, truth: Truth, objects: dict[int, str], video: Path) -> Tracking | None:
     """Read a recording and write the video: camera with objects and points, beside the features' colours.
 
+    None, and no video, where nothing was tracked.
     :param truth: true masks, in which the objects have the ids that they were given. :param objects: id -> name.
     """
-    found = Tracking()
+    found = Tracking(video)
     confusion = Confusion(1 + max(objects, default=0))
-    with open_bag(recorded) as bag:
-        by_stamp: dict[str, dict[int, Any]] = {image_topic: {}, OBJECT_MASK: {}, FEATURES_RGB: {}}
-        for message in bag.messages([topic.name for topic in bag.topics if topic.name in by_stamp]):
-            by_stamp[message.topic.name][stamp_ns(deserialize(message.raw, message.topic.msgtype).header)] = message
-        frames, masks, colours = by_stamp.values()
+    drawer = TrackOverlay()
+    with ExitStack() as stack:
+        bag = stack.enter_context(open_bag(recorded))
         total = next((topic.count for topic in bag.topics if topic.name == TRACKS), 0)
         if not total:
-            return found
-        drawer = TrackOverlay()
-        with ExitStack() as stack:
-            writer = stack.enter_context(VideoWriter(video, fps=15.0, quality=27))
-            for message in bag.messages([TRACKS]):
-                cloud = deserialize(message.raw, message.topic.msgtype)
-                stamp = stamp_ns(cloud.header)
-                if stamp not in frames:
-                    continue
-                camera = deserialize(frames[stamp].raw, frames[stamp].topic.msgtype)
-                bgr = to_bgr(camera)
-                mask = _pixels(masks.get(stamp))
-                tracks = _tracks(read_tracks(cloud), mask)
-                drawer.remember(tracks)
-                picture = drawer.draw(bgr, tracks)
-                rgb = _pixels(colours.get(stamp))
-                beside = np.zeros_like(picture) if rgb is None else rgb[..., ::-1]
-                picture = np.hstack((picture, cv2.resize(beside, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)))
-                writer.write(picture, stamp)
-                if found.frames == total // 2:
-                    found.poster = picture
-                found.frames += 1
-                found.latency.add((message.log_time - stamp) / 1e6)
-                found.visible.append(int(np.count_nonzero(tracks.visible)))
-                found.oldest = max(found.oldest, int(tracks.ages.max(initial=0)))
-                raw = truth.masks.get(digest(camera))
-                if raw is not None and mask is not None and objects:
-                    true = to_array(deserialize(raw, truth.msgtype))
-                    confusion.add(mask, np.where(np.isin(true, list(objects)), true, 0).astype(np.uint8))
-                    found.scored += 1
+            return None
+        frames, masks, colours = (_ByStamp(stack, recorded, name) for name in (image_topic, OBJECT_MASK, FEATURES_RGB))
+        writer = stack.enter_context(VideoWriter(video, fps=15.0, quality=27))
+        for message in bag.messages([TRACKS]):
+            cloud = deserialize(message.raw, message.topic.msgtype)
+            stamp = stamp_ns(cloud.header)
+            camera = frames.at(stamp)
+            if camera is None:
+                continue
+            mask = _pixels(masks.at(stamp))
+            tracks = _tracks(read_tracks(cloud), mask)
+            drawer.remember(tracks)
+            picture = drawer.draw(to_bgr(camera), tracks)
+            rgb = _pixels(colours.at(stamp))
+            beside = np.zeros_like(picture) if rgb is None else rgb[..., ::-1]
+            picture = np.hstack((picture, cv2.resize(beside, picture.shape[1::-1], interpolation=cv2.INTER_NEAREST)))
+            writer.write(picture, stamp)
+            if found.frames == total // 2:
+                found.poster = picture
+            found.frames += 1
+            found.latency.add((message.log_time - stamp) / 1e6)
+            found.visible.append(int(np.count_nonzero(tracks.visible)))
+            found.oldest = max(found.oldest, int(tracks.ages.max(initial=0)))
+            raw = truth.masks.get(digest(camera))
+            if raw is not None and mask is not None and objects:
+                true = to_array(deserialize(raw, truth.msgtype))
+                confusion.add(mask, np.where(np.isin(true, list(objects)), true, 0).astype(np.uint8))
+                found.scored += 1
     if found.scored:
         values = confusion.iou()
         found.iou = {name: None if np.isnan(values[i]) else float(values[i]) for i, name in objects.items()}
-    return found
+    return found if found.frames else None
 
 
-def _pixels(message: Any) -> np.ndarray | None:
-    if message is None:
+class _ByStamp:
+    """Messages of one topic, asked for by stamps that rise: one at a time in memory, for images of a long bag fill it."""
+
+    def __init__(self, stack: ExitStack, recorded: Path, topic: str):
+        self._messages = stack.enter_context(open_bag(recorded)).messages([topic])
+        self._next: Any = None
+        self._advance()
+
+    def _advance(self) -> None:
+        message = next(self._messages, None)
+        self._next = None if message is None else deserialize(message.raw, message.topic.msgtype)
+
+    def at(self, stamp: int) -> Any:
+        """Return the message of this stamp, or None."""
+        while self._next is not None and stamp_ns(self._next.header) < stamp:
+            self._advance()
+        return self._next if self._next is not None and stamp_ns(self._next.header) == stamp else None
+
+
+def _pixels(image: Any) -> np.ndarray | None:
+    if image is None:
         return None
     try:
-        return to_array(deserialize(message.raw, message.topic.msgtype))
-    except MessageError:  # a damaged message costs its own picture
+        return to_array(image)
+    except MessageError:  # a damaged image costs its own picture
         return None
 
 
