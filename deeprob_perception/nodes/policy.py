@@ -28,6 +28,7 @@ from deeprob_perception.nodes.goal_frames import GoalFrames
 from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.policy_diagnostics import PolicyDiagnostics
+from deeprob_perception.policy.approach import Approach
 from deeprob_perception.policy.beat import Beat
 from deeprob_perception.policy.loop import ControlLoop, describe, policy_of
 from deeprob_perception.policy.readings import Goal
@@ -62,6 +63,11 @@ SETTINGS = (
     Setting("rate", 20.0, "Control rate, Hz.", between=(1.0, 200.0)),
     Setting("output", "joint_trajectory", "What to publish.", choices=tuple(OUTPUTS)),
     Setting("streaming", False, "Leave out the point at which each trajectory comes to rest."),
+    Setting("stamped", False, "Trajectories say when they start, so that a late one is not run faster; needs clocks in step."),
+    Setting("approach_height", 0.0, "From how high above a goal it is come to, m, along the root's z axis; 0: straight.",
+            between=(0.0, 10.0)),
+    Setting("approach_radius", 0.04, "Distance beside the goal, m, within which the tip goes straight to it.",
+            between=(0.0, 10.0)),
     Setting("max_age", 0.2, "Seconds after which a joint's position is too old to act on.", between=(0.01, 10.0)),
     Setting("goal_max_age", 1.0, "Seconds after which a goal is too old to follow.", between=(0.01, 3600.0)),
     Setting("velocity_share", 1.0, "Share of the URDF's velocity limits that is used.", between=(0.0, 1.0)),
@@ -167,13 +173,14 @@ class PolicyNode(PerceptionNode):
                              f"{', '.join(robot.joint_names)}: name each of them once")
         velocity, step, start_gap, gap = (Bound(*settings[name]) for name in PAIRS)
         limits = limits_of(robot, rate, velocity, step, start_gap, gap, settings["velocity_share"])
-        policy = policy_of(self.engine, robot, tip, rate)
+        approach = Approach(settings["approach_height"], settings["approach_radius"])
+        policy = policy_of(self.engine, robot, tip, rate, approach)
         loop = ControlLoop(robot, policy, limits, settings["max_age"], settings["goal_max_age"])
         # A back end's first inference takes several times as long as the others: not on the first step.
         rest = np.clip(0.0, robot.lower, robot.upper)
         policy.reset(rest)
         policy.act(rest, np.zeros(3))
-        self._commander = Commander(robot.joint_names, order, 1 / rate, settings["streaming"])
+        self._commander = Commander(robot.joint_names, order, 1 / rate, settings["streaming"], settings["stamped"])
         self.loop = loop
         names = robot.joint_names
         self.get_logger().info(f"{robot.name}: {len(names)} joints from {robot.root}: {', '.join(names)}")

@@ -9,6 +9,7 @@ import numpy as np
 
 from deeprob_perception.engines import Engine
 from deeprob_perception.errors import ModelError, PerceptionError, RobotError
+from deeprob_perception.policy.approach import Approach
 from deeprob_perception.policy.command import Command, Policy
 from deeprob_perception.policy.leap import LeapPolicy
 from deeprob_perception.policy.reach import ReachPolicy
@@ -22,10 +23,10 @@ TASKS = ("reach", "leap_rotation")
 WINDOW = 6000  # steps whose times are kept: five minutes at 20 Hz
 
 
-def policy_of(engine: Engine, robot: Robot, tip: str, rate: float) -> Policy:
+def policy_of(engine: Engine, robot: Robot, tip: str, rate: float, approach: Approach | None = None) -> Policy:
     """Return the policy that a model is for.
 
-    :param tip: the link that shall reach; `leap_rotation` has none. :param rate: of control, Hz.
+    :param tip: the link that shall reach, and :param approach: how; `leap_rotation` has neither. :param rate: of control, Hz.
     :raises ModelError, RobotError: when model, robot and rate do not go together.
     """
     task = engine.metadata.get("task")
@@ -36,7 +37,7 @@ def policy_of(engine: Engine, robot: Robot, tip: str, rate: float) -> Policy:
     if not tip:
         raise RobotError(f"name the link of {robot.name!r} that shall reach by the parameter tip; it has: "
                          f"{', '.join(robot.links[-12:])}")
-    return ReachPolicy(engine, robot, tip, rate)
+    return ReachPolicy(engine, robot, tip, rate, approach)
 
 
 @dataclass(frozen=True)

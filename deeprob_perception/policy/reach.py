@@ -8,6 +8,7 @@ import numpy as np
 from deeprob_perception.engines import Engine
 from deeprob_perception.errors import ModelError, RobotError
 from deeprob_perception.policy import expert
+from deeprob_perception.policy.approach import Approach
 from deeprob_perception.policy.command import Command
 from deeprob_perception.policy.tokens import LAYOUT, SCALE, TOKEN, fixed, tokens
 from deeprob_perception.robots.batch import of_robot
@@ -23,8 +24,8 @@ class ReachPolicy:
     limits. It has no state: `reset` is there for the sake of policies that have.
     """
 
-    def __init__(self, engine: Engine, robot: Robot, tip: str, rate: float = 20.0):
-        """:param tip: the link that shall reach the goal. :param rate: of control, Hz.
+    def __init__(self, engine: Engine, robot: Robot, tip: str, rate: float = 20.0, approach: Approach | None = None):
+        """:param tip: the link that shall reach the goal. :param rate: of control, Hz. :param approach: None: straight.
 
         :raises ModelError: for a model of another task or token layout. :raises RobotError: for a robot that it cannot move.
         """
@@ -35,6 +36,7 @@ class ReachPolicy:
         if not rate > 0:
             raise RobotError(f"a control rate of {rate:g} Hz makes no sense; give one above 0")
         self.engine, self.robot, self.tip = engine, robot, tip
+        self._approach = approach if approach is not None and approach.height > 0 else None
         self._period = 1 / rate
         slots = next(spec for spec in engine.inputs if spec.name == "tokens").shape[1]
         padded = of_robot(robot, tip, slots)
@@ -61,6 +63,8 @@ class ReachPolicy:
         """
         positions = np.asarray(positions, np.float64)
         state = positions.astype(np.float32).reshape(1, 1, -1)
+        if goal is not None and self._approach is not None:
+            goal = self._approach.goal(goal, self.robot.forward_kinematics(positions, [self.tip])[0, :3, 3])
         there = np.zeros((1, 1, 3), np.float32) if goal is None else np.asarray(goal, np.float32).reshape(1, 1, 3)
         told, seen = tokens(self._batch, self._constant, state, there)
         self._tokens[0, : self._count] = told[0, 0]

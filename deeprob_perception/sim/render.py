@@ -3,14 +3,13 @@
 
 import os
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import mujoco
 import numpy as np
 
 from deeprob_perception.sim import EGL_ADVICE, SimulationError
 from deeprob_perception.sim.camera import Camera
-from deeprob_perception.sim.scene import Scene
 
 
 @dataclass(frozen=True)
@@ -32,6 +31,22 @@ class Frame:
     joint_velocities: np.ndarray
 
 
+class Scenery(Protocol):
+    """What can be rendered: a MuJoCo model and its state, the class of each geom, and what the robot's joints do."""
+
+    @property
+    def model(self) -> mujoco.MjModel: ...
+    @property
+    def data(self) -> mujoco.MjData: ...
+    @property
+    def geom_class(self) -> np.ndarray: ...
+    @property
+    def time(self) -> float: ...
+    @property
+    def joint_names(self) -> tuple[str, ...]: ...
+    def joint_state(self) -> tuple[np.ndarray, np.ndarray]: ...
+
+
 class SceneRenderer:
     """Renders scenes one after the other with one OpenGL context.
 
@@ -43,8 +58,8 @@ class SceneRenderer:
         self._gl: Any = None
         self._context: mujoco.MjrContext | None = None
         self._layout: tuple | None = None
-        self._scene: Scene | None = None
-        self._view: mujoco.MjvScene | None = None
+        self._scene: Scenery | None = None
+        self._view: mujoco.MjvScenery | None = None
         self._option = mujoco.MjvOption()
         self._option.geomgroup[3] = 0  # collision shapes
 
@@ -62,7 +77,7 @@ class SceneRenderer:
             self._gl.free()
         self._context = self._gl = self._scene = self._layout = None
 
-    def truth(self, scene: Scene, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+    def truth(self, scene: Scenery, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
         """Return geom ids int32 `[H, W]` (-1: none) and depth float32 `[H, W]` (m, 0: none), from one pass."""
         view, context, rect = self._prepare(scene, camera)
         flags = view.flags
@@ -84,7 +99,7 @@ class SceneRenderer:
         depth[geoms < 0] = 0.0
         return geoms, depth
 
-    def colour(self, scene: Scene, camera: Camera) -> np.ndarray:
+    def colour(self, scene: Scenery, camera: Camera) -> np.ndarray:
         """Return the picture, uint8 BGR `[H, W, 3]`, as a perfect camera would take it."""
         view, context, rect = self._prepare(scene, camera)
         mujoco.mjr_render(rect, view, context)
@@ -92,7 +107,7 @@ class SceneRenderer:
         mujoco.mjr_readPixels(rgb, None, rect, context)
         return np.ascontiguousarray(rgb[::-1, :, ::-1])
 
-    def frame(self, scene: Scene, camera: Camera) -> Frame:
+    def frame(self, scene: Scenery, camera: Camera) -> Frame:
         """Render colour, depth and labels of the scene as it is now."""
         geoms, depth = self.truth(scene, camera)
         labels = np.where(geoms >= 0, scene.geom_class[geoms], 0).astype(np.uint8)
@@ -100,7 +115,7 @@ class SceneRenderer:
         return Frame(self.colour(scene, camera), depth, labels, geoms, camera, scene.time, scene.joint_names,
                      positions, velocities)
 
-    def _prepare(self, scene: Scene, camera: Camera) -> tuple[mujoco.MjvScene, mujoco.MjrContext, mujoco.MjrRect]:
+    def _prepare(self, scene: Scenery, camera: Camera) -> tuple[mujoco.MjvScene, mujoco.MjrContext, mujoco.MjrRect]:
         if scene is not self._scene:
             self._load(scene)
         assert self._view is not None and self._context is not None
@@ -113,7 +128,7 @@ class SceneRenderer:
         mujoco.mjv_updateScene(model, data, self._option, None, eye, mujoco.mjtCatBit.mjCAT_ALL, self._view)
         return self._view, self._context, mujoco.MjrRect(0, 0, camera.width, camera.height)
 
-    def _load(self, scene: Scene) -> None:
+    def _load(self, scene: Scenery) -> None:
         """Bring a scene's textures and meshes into the context, making one where there is none that fits."""
         model = scene.model
         layout = (model.tex_width.tolist(), model.tex_height.tolist(), model.mesh_vertnum.tolist(),

@@ -1,6 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """One random table top: room, table, objects and a moving arm, as a MuJoCo model with a class for every geom."""
 
+from collections.abc import Sequence
+
 import mujoco
 import numpy as np
 
@@ -9,7 +11,7 @@ from deeprob_perception.sim.arm import JOINT_NAMES, add_arm, joint_addresses, ra
 from deeprob_perception.sim.camera import Camera, look_at
 from deeprob_perception.sim.materials import Materials
 from deeprob_perception.sim.objects import ObjectFactory
-from deeprob_perception.sim.surroundings import add_lights, add_room
+from deeprob_perception.sim.surroundings import Room, add_lights, add_room
 
 CLASSES = tuple(CLASS_SETS["tabletop"].names)
 OBJECTS = ("box", "ball", "cylinder", "mug")
@@ -39,11 +41,11 @@ class Scene:
         materials = Materials(spec, rng)
         self.room = add_room(spec, materials, rng)
         add_lights(spec, rng, self.room)
-        base, yaw = self._arm_base(rng)
+        base, yaw = stand(self.room, rng)
         add_arm(spec, materials, rng, base, yaw)
         factory = ObjectFactory(spec, materials, rng)
         count = len(kinds) or int(rng.integers(clutter[0], clutter[1] + 1))
-        for index, place in enumerate(self._places(rng, base, count)):
+        for index, place in enumerate(places(self.room, rng, base, count)):
             kind = kinds[index] if kinds else str(rng.choice(OBJECTS))
             factory.add(kind, np.array([*place, self.room.table_top]))
         spec.worldbody.add_camera(name="camera")
@@ -100,25 +102,30 @@ class Scene:
     def _place_arm(self) -> None:
         self.data.qpos[self._qpos], self.data.qvel[self._qvel] = self.trajectory.at(self.data.time)
 
-    def _arm_base(self, rng: np.random.Generator) -> tuple[np.ndarray, float]:
-        """Draw a place near an edge of the table, and the yaw that faces its middle."""
-        x, y = self.room.table_half
-        side = rng.integers(4)
-        along = rng.uniform(-0.4, 0.4)
-        spot = [((x - 0.12), along * y), (-(x - 0.12), along * y), (along * x, y - 0.12), (along * x, -(y - 0.12))][side]
-        return np.array([*spot, self.room.table_top]), float(np.arctan2(-spot[1], -spot[0]) + rng.normal(0, 0.2))
 
-    def _places(self, rng: np.random.Generator, base: np.ndarray, count: int) -> list[np.ndarray]:
-        """Draw up to `count` places on the table that keep apart from one another and from the arm's base."""
-        half = np.array(self.room.table_half) - 0.07
-        taken: list[np.ndarray] = []
-        for candidate in rng.uniform(-half, half, (40 * count, 2)):
-            if len(taken) == count:
-                break
-            free = all(np.hypot(*(candidate - other)) > 0.13 for other in taken)
-            if free and np.hypot(*(candidate - base[:2])) > 0.16:
-                taken.append(candidate)
-        return taken
+def stand(room: Room, rng: np.random.Generator) -> tuple[np.ndarray, float]:
+    """Draw where a robot stands, near an edge of the table, `[3]` in m, and the yaw (rad) that faces the table's middle."""
+    x, y = room.table_half
+    side = rng.integers(4)
+    along = rng.uniform(-0.4, 0.4)
+    spot = [((x - 0.12), along * y), (-(x - 0.12), along * y), (along * x, y - 0.12), (along * x, -(y - 0.12))][side]
+    return np.array([*spot, room.table_top]), float(np.arctan2(-spot[1], -spot[0]) + rng.normal(0, 0.2))
+
+
+def places(
+    room: Room, rng: np.random.Generator, base: np.ndarray, count: int, taken: Sequence[np.ndarray] = ()
+) -> list[np.ndarray]:  # fmt: skip
+    """Draw up to `count` places on the table, `[2]` in m, that keep apart from one another, from what is taken, and from a
+    robot's base."""
+    half = np.array(room.table_half) - 0.07
+    found: list[np.ndarray] = []
+    for candidate in rng.uniform(-half, half, (40 * count, 2)):
+        if len(found) == count:
+            break
+        free = all(np.hypot(*(candidate - other)) > 0.13 for other in (*taken, *found))
+        if free and np.hypot(*(candidate - base[:2])) > 0.16:
+            found.append(candidate)
+    return found
 
 
 def empty(size: tuple[int, int], multisamples: int, shadow_map: int, timestep: float) -> mujoco.MjSpec:

@@ -3,6 +3,7 @@
 
 from deeprob_perception.target.camera_pose import CameraMount, pose_of
 from deeprob_perception.target.locate import Intrinsics, Sighting, largest_component, locate, metres
+from deeprob_perception.target.pairs import Pairs
 from deeprob_perception.target.steady import Steady
 
-__all__ = ["CameraMount", "Intrinsics", "Sighting", "Steady", "largest_component", "locate", "metres", "pose_of"]
+__all__ = ["CameraMount", "Intrinsics", "Pairs", "Sighting", "Steady", "largest_component", "locate", "metres", "pose_of"]
