@@ -33,7 +33,7 @@ setup(
     maintainer="deeprob_perception maintainers",
     maintainer_email="maintainers@example.com",
     packages=find_packages(include=[PACKAGE, f"{PACKAGE}.*"]),
-    package_data={PACKAGE: ["py.typed", "**/*.html"]},
+    package_data={PACKAGE: ["py.typed", "**/*.html", "**/*.css"]},
     data_files=[
         ("share/ament_index/resource_index/packages", [f"resource/{PACKAGE}"]),
         (f"share/{PACKAGE}", ["package.xml"]),
@@ -89,6 +89,8 @@ setup(
             "segmentation = deeprob_perception.nodes.segmentation:main",
             "tracking = deeprob_perception.nodes.tracking:main",
             "policy = deeprob_perception.nodes.policy:main",
+            "target = deeprob_perception.nodes.target:main",
+            "robot_cell = deeprob_perception.nodes.robot_cell:main",
         ]
     },
 )

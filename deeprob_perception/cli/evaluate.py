@@ -268,3 +268,33 @@ def probe(
     if json_file:
         json_file.parent.mkdir(parents=True, exist_ok=True)
         json_file.write_text(json.dumps(report, indent=1) + "\n")
+
+
+@eval_app.command(name="closed-loop")
+def closed_loop(
+    episodes: Annotated[int, typer.Option(min=1, help="Cells; each is another scene, with another arm of our own.")] = 50,
+    robot: Annotated[str, typer.Option(help="capsule_arm, scara, or a URDF file.")] = "capsule_arm",
+    tip: Annotated[str, typer.Option(help="The link of a URDF file that shall touch.")] = "",
+    kinds: Annotated[str, typer.Option(help="The classes to touch, in turn.")] = "ball,mug,box,cylinder",
+    seconds: Annotated[float, typer.Option(min=1, help="That the arm has for one.")] = 20.0,
+    seed: Annotated[int, typer.Option(min=0, help="The first cell.")] = 0,
+    model: Annotated[str, typer.Option(help="Segmentation: a model's name or an .onnx file.")] = "tabletop",
+    out: Annotated[Path, typer.Option(help="Folder for the nodes' logs.")] = Path("out/eval_closed_loop"),
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write the episodes to this file.")] = None,
+) -> None:
+    """Count how often a simulated arm touches the named object: camera, segmentation, target and policy, over DDS."""
+    from rich.console import Console
+
+    from deeprob_perception.demo import closed_loop as loop
+
+    console = Console()
+    options = loop.Options(out, episodes, robot, tip, tuple(kinds.split(",")), seconds, seed, model)
+    found = []
+    for episode in loop.episodes(options, console):
+        loop.show(episode, console)
+        found.append(episode)
+    figures = loop.summary(found)
+    console.print(loop.table(figures))
+    if json_file:
+        json_file.parent.mkdir(parents=True, exist_ok=True)
+        json_file.write_text(json.dumps({**figures, "results": found}, indent=1) + "\n")

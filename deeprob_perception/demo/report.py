@@ -4,6 +4,8 @@
 import base64
 import io
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +28,7 @@ STAGES = {
     "stamp_to_publish": "camera stamp to published mask",
     "overhead": "the same without the network",
 }
-_INK, _MUTED, _ACCENT = "#1d2733", "#6b7785", "#2563eb"
+INK, MUTED, ACCENT = "#1d2733", "#6b7785", "#2563eb"
 
 
 def write(
@@ -38,10 +40,7 @@ def write(
     :param summary: as in `summary.json`. :param video: the overlay video, taken in while it is below INLINE_LIMIT.
     :param metadata: the model file's own description. :param found: of the tracking node.
     """
-    environment = jinja2.Environment(
-        loader=jinja2.PackageLoader("deeprob_perception.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined,
-        trim_blocks=True, lstrip_blocks=True)
-    html = environment.get_template("report.html").render(
+    html = template("report.html").render(
         summary=summary,
         video=film(video),
         tracks_video=film(found.video) if found else "",
@@ -55,6 +54,14 @@ def write(
         files=sorted((file.name, file.stat().st_size) for file in path.parent.iterdir() if file.is_file()),
     )
     path.write_text(html)
+
+
+def template(name: str) -> jinja2.Template:
+    """Return a page of this folder, ready to be filled in; what is left out is an error."""
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("deeprob_perception.demo", "."), autoescape=True, undefined=jinja2.StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True)
+    return environment.get_template(name)
 
 
 def data_uri(content: bytes, kind: str) -> str:
@@ -100,25 +107,34 @@ def card(model: dict[str, str], metadata: dict[str, str]) -> list[tuple[str, str
 
 def latency_plot(figures: Figures) -> str:
     """Return an SVG: latency of each mask over the time of its frame, with the median and the 95th percentile."""
+    seconds, latency = np.array(figures.series).T
+    with plot(9.6, 2.9) as (axes, drawn):
+        axes.plot(seconds, latency, ".-", color=ACCENT, linewidth=0.8, markersize=3.5)
+        for value, name in zip(np.percentile(latency, (50, 95)), ("median", "95 %"), strict=True):
+            axes.axhline(value, color=MUTED, linewidth=0.8, linestyle="--")
+            axes.annotate(f"{name} {value:.0f} ms", (1.005, value), xycoords=("axes fraction", "data"), va="center",
+                          color=MUTED, fontsize=9)
+        axes.set(xlabel="time of the frame (s)", ylabel="latency (ms)", ylim=(0, None))
+    return drawn[0]
+
+
+@contextmanager
+def plot(width: float, height: float) -> Iterator[tuple[Any, list[str]]]:
+    """Give the axes of a plot of so many inches in the report's style; its SVG is the list's one item when the block ends."""
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    seconds, latency = np.array(figures.series).T
-    style = {"font.family": "sans-serif", "font.size": 10, "text.color": _INK, "axes.labelcolor": _MUTED,
-             "axes.edgecolor": "#d5dbe3", "xtick.color": _MUTED, "ytick.color": _MUTED, "svg.fonttype": "path",
+    style = {"font.family": "sans-serif", "font.size": 10, "text.color": INK, "axes.labelcolor": MUTED,
+             "axes.edgecolor": "#d5dbe3", "xtick.color": MUTED, "ytick.color": MUTED, "svg.fonttype": "path",
              "svg.hashsalt": "deeprob"}
+    drawn: list[str] = []
     with pyplot.rc_context(style):
-        figure, axes = pyplot.subplots(figsize=(9.6, 2.9), layout="constrained")
-        axes.plot(seconds, latency, ".-", color=_ACCENT, linewidth=0.8, markersize=3.5)
-        for value, name in zip(np.percentile(latency, (50, 95)), ("median", "95 %"), strict=True):
-            axes.axhline(value, color=_MUTED, linewidth=0.8, linestyle="--")
-            axes.annotate(f"{name} {value:.0f} ms", (1.005, value), xycoords=("axes fraction", "data"), va="center",
-                          color=_MUTED, fontsize=9)
-        axes.set(xlabel="time of the frame (s)", ylabel="latency (ms)", ylim=(0, None))
+        figure, axes = pyplot.subplots(figsize=(width, height), layout="constrained")
+        yield axes, drawn
         axes.margins(x=0.01)
         axes.grid(axis="y", color="#eef1f5")
         axes.spines[["top", "right"]].set_visible(False)
         stream = io.StringIO()
         figure.savefig(stream, format="svg", transparent=True, metadata={"Date": None})
         pyplot.close(figure)
-    return stream.getvalue()
+    drawn.append(stream.getvalue())

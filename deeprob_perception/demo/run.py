@@ -2,10 +2,9 @@
 """Start the demo's processes, show how they do, end them, and hand the recording on to the report."""
 
 import json
-import signal
 import time
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -22,7 +21,7 @@ from rich.text import Text
 from deeprob_perception import machine, zoo
 from deeprob_perception.bags import Topic, open_bag
 from deeprob_perception.demo import recording, report, tracks
-from deeprob_perception.demo.processes import Diagnostics, Process, follow, isolated_environment
+from deeprob_perception.demo.processes import Diagnostics, Process, follow, isolated_environment, termination_as_interrupt
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -95,7 +94,7 @@ def run(options: Options, console: Console) -> Outcome:
     outputs = [MASK, LABEL_INFO, "/diagnostics", *(tracks.WANTED if options.tracking else ())]
 
     with ExitStack() as stack:
-        stack.enter_context(_termination_as_interrupt())
+        stack.enter_context(termination_as_interrupt())
         demo = _Processes(stack, files.logs, console)
         demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded, options.tracking)
         if objects:
@@ -321,20 +320,6 @@ class _Processes:
             f"  p95 {number('output', 'stamp_to_publish_p95_ms'):4.0f} ms",
             f"  dropped {dropped:.0f}{share}",
         )
-
-
-@contextmanager
-def _termination_as_interrupt() -> Iterator[None]:
-    """Let SIGTERM raise KeyboardInterrupt within the block, so that the processes are cleaned up then too."""
-
-    def interrupt(number: int, frame: object) -> None:
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def unfit_for_sample(bag: Path | None, names: list[str]) -> str:
