@@ -30,7 +30,7 @@ MASK, LABELS, GOAL = "/segmentation/mask", "/segmentation/label_info", "/target/
 COMMANDS, STATE, DESCRIPTION = "/policy/joint_trajectory", "/robot_cell/state", "/robot_description"
 RECORDED = (f"{CAMERA}/compressed", INFO, MASK, LABELS, GOAL, "/joint_states", COMMANDS, STATE, DESCRIPTION, "/diagnostics")
 # Half the velocity limits: a controller's cubic spline between two points runs up to 5/3 of their velocity.
-POLICY = {"velocity_share": "0.5", "goal_max_age": "3.0", "approach_height": "0.15", "stamped": "true"}
+POLICY = {"velocity_share": "0.5", "goal_max_age": "3.0", "approach_height": "0.15"}
 
 
 @dataclass

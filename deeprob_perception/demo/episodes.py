@@ -114,8 +114,9 @@ def _annotate(
     if state:
         text = f"{state['robot']}  {state['target'].rstrip('0123456789')}  "
         text += "touched" if state["touched"] is not None else f"{state['distance'] * 100:.0f} cm"
-        for colour, width in (((0, 0, 0), 4), ((255, 255, 255), 1)):
-            cv2.putText(picture, text, (12, 28), cv2.FONT_HERSHEY_SIMPLEX, 0.7, colour, width, cv2.LINE_AA)
+        (width, height), _ = cv2.getTextSize(text, cv2.FONT_HERSHEY_SIMPLEX, 0.6, 1)
+        cv2.rectangle(picture, (0, 0), (width + 20, height + 18), (40, 30, 25), -1)
+        cv2.putText(picture, text, (10, height + 8), cv2.FONT_HERSHEY_SIMPLEX, 0.6, (255, 255, 255), 1, cv2.LINE_AA)
 
 
 def write(path: Path, summary: dict[str, Any], figures: Figures, video: Path) -> None:

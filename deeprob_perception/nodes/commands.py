@@ -27,13 +27,12 @@ class Commander:
 
     :param names: of the joints in the order of setpoints. :param order: in which the controller has them; empty: the same.
     :param period: of control, seconds. :param streaming: leave out the point at which a trajectory comes to rest.
-    :param stamped: trajectories have the stamp at which they start; otherwise 0, which is when they arrive.
     """
 
-    def __init__(self, names: Sequence[str], order: Sequence[str], period: float, streaming: bool, stamped: bool = False):
+    def __init__(self, names: Sequence[str], order: Sequence[str], period: float, streaming: bool):
         self.names = list(order or names)
         self._rows = [list(names).index(name) for name in self.names]
-        self._period, self._streaming, self._stamped = period, streaming, stamped
+        self._period, self._streaming = period, streaming
 
     def message(self, output: str, setpoint: Setpoint, stamp: Any) -> Any:
         """Return the message for an `output` of OUTPUTS."""
@@ -48,10 +47,7 @@ class Commander:
         if velocities.any() and not self._streaming:
             # joint_trajectory_controller refuses one that ends in motion: after the period come another, of braking.
             points.append(point(setpoint.halt[self._rows], np.zeros_like(velocities), 2 * self._period))
-        message = JointTrajectory(joint_names=self.names, points=points)
-        if self._stamped:
-            message.header.stamp = stamp
-        return message
+        return JointTrajectory(joint_names=self.names, points=points)  # a stamp of 0: from now on
 
 
 def point(positions: np.ndarray, velocities: np.ndarray, seconds: float) -> JointTrajectoryPoint:

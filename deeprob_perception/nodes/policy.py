@@ -63,7 +63,6 @@ SETTINGS = (
     Setting("rate", 20.0, "Control rate, Hz.", between=(1.0, 200.0)),
     Setting("output", "joint_trajectory", "What to publish.", choices=tuple(OUTPUTS)),
     Setting("streaming", False, "Leave out the point at which each trajectory comes to rest."),
-    Setting("stamped", False, "Trajectories say when they start, so that a late one is not run faster; needs clocks in step."),
     Setting("approach_height", 0.0, "From how high above a goal it is come to, m, along the root's z axis; 0: straight.",
             between=(0.0, 10.0)),
     Setting("approach_radius", 0.04, "Distance beside the goal, m, within which the tip goes straight to it.",
@@ -180,7 +179,7 @@ class PolicyNode(PerceptionNode):
         rest = np.clip(0.0, robot.lower, robot.upper)
         policy.reset(rest)
         policy.act(rest, np.zeros(3))
-        self._commander = Commander(robot.joint_names, order, 1 / rate, settings["streaming"], settings["stamped"])
+        self._commander = Commander(robot.joint_names, order, 1 / rate, settings["streaming"])
         self.loop = loop
         names = robot.joint_names
         self.get_logger().info(f"{robot.name}: {len(names)} joints from {robot.root}: {', '.join(names)}")

@@ -84,11 +84,9 @@ def add_robot(
         if joint.kind == "fixed":
             continue
         slides = joint.kind == "prismatic"
-        limited = bool(np.isfinite([joint.lower, joint.upper]).all())
         body.add_joint(
             name=f"robot/{joint.name}", type=mujoco.mjtJoint.mjJNT_SLIDE if slides else mujoco.mjtJoint.mjJNT_HINGE,
-            axis=joint.axis.tolist(), armature=ARMATURE,
-            **({"range": [joint.lower, joint.upper], "limited": mujoco.mjtLimited.mjLIMITED_TRUE} if limited else {}))
+            axis=joint.axis.tolist(), armature=ARMATURE)  # without limits: whoever places it keeps to them
         radius = radius_at(joint.child)
         if not slides and depth[joint.child] > _SHORT:
             capsule(body, -joint.axis * radius * 0.9, joint.axis * radius * 0.9, radius * 1.1, joints)
