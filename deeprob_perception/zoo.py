@@ -249,19 +249,19 @@ def export(
     from deeprob_perception.checkpoints import build
     from deeprob_perception.export import export_features, export_segmentation
 
-    if recipe.get("task") == "reach":
+    said = {"name": path.stem, "licence": recipe.get("licence", "unknown"), **(about or {})}
+    if recipe.get("task") in model_file.POLICY_OUTPUTS:
         from deeprob_perception.export_policy import export_policy
 
         policy = build(recipe)
         policy.load_state_dict(state)
-        return export_policy(policy, recipe, path, about or {"name": path.stem})
+        return export_policy(policy, recipe, path, said)
     writers = {"segmentation": export_segmentation, "features": export_features}
     task = recipe.get("task")
     if task not in writers:
         raise ModelError(f"{path.stem} is a {task} without masks to export; train a head on it first")
     net = build(recipe)
     net.load_state_dict(state)
-    said = {"name": path.stem, "licence": recipe.get("licence", "unknown"), **(about or {})}
     return writers[task](net.eval(), recipe, path, height, width, said)
 
 

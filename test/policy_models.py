@@ -7,6 +7,7 @@ import numpy as np
 import onnx
 from onnx import TensorProto, helper
 
+from deeprob_perception.policy import leap
 from deeprob_perception.policy.tokens import LAYOUT, TOKEN
 
 # A pan and two elbows that turn, then a slide to the tool; a gripper's finger that mimics and a wheel off the chain.
@@ -77,7 +78,8 @@ def leap_model(path: Path, gain: float = 1.0, slots: int = 16) -> Path:
         helper.make_node("Slice", ["tokens", "start0", "stop3", "last"], ["three"]),
         helper.make_node("Mul", ["three", "zero"], ["policy_forward_kinematics"]),
     ]
-    return write(path, nodes, "leap_rotation", 30, slots, ("policy", "policy_forward_kinematics"), gain)
+    outputs = ("policy", "policy_forward_kinematics")
+    return write(path, nodes, "leap_rotation", leap.TOKEN, slots, outputs, gain, layout=leap.LAYOUT)
 
 
 def pick(name: str, feature: int) -> list:

@@ -5,6 +5,7 @@ import json
 from collections.abc import Mapping
 
 import numpy as np
+import onnx
 import pytest
 from policy_models import hand, leap_model, urdf
 from safetensors import safe_open
@@ -125,3 +126,13 @@ def test_what_the_policy_cannot_move_is_refused_by_name(engine):
         LeapPolicy(engine, Robot(parse(hand())), 100.0)
     with pytest.raises(PerceptionError, match="spin is none"):
         LeapPolicy(engine, Robot(parse(urdf())))
+
+
+@pytest.mark.parametrize(("layout", "size", "complaint"), [("leap-2", 30, "tokens 'leap-2'"), ("leap-1", 31, "of 31 numbers")])
+def test_a_model_trained_with_other_tokens_is_refused(layout, size, complaint, tmp_path):
+    model = onnx.load(leap_model(tmp_path / "leap.onnx"))
+    model.graph.input[0].type.tensor_type.shape.dim[2].dim_value = size
+    next(entry for entry in model.metadata_props if entry.key == "deeprob.layout").value = layout
+    onnx.save(model, tmp_path / "leap.onnx")
+    with pytest.raises(PerceptionError, match=complaint):
+        LeapPolicy(engines.load(tmp_path / "leap.onnx", "onnxruntime", cache_dir=tmp_path, threads=1), Robot(parse(hand())))

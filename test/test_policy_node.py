@@ -10,11 +10,13 @@ import pytest
 from policy_models import JOINTS, LOWER, UPPER, hand, leap_model, reach_model, urdf
 from ros_harness import LATCHED, PATIENCE, RELIABLE, Probe, Process, isolated_ros
 
+from deeprob_perception import engines
 from deeprob_perception.nodes.commands import Commander, markers
 from deeprob_perception.nodes.goal_frames import GoalFrames
+from deeprob_perception.policy.leap import LeapPolicy
 from deeprob_perception.policy.loop import SelfModel
 from deeprob_perception.policy.safety import Setpoint
-from deeprob_perception.robots import Robot, parse
+from deeprob_perception.robots import Robot, parse, read
 
 from builtin_interfaces.msg import Time  # isort: skip
 from geometry_msgs.msg import PointStamped, TransformStamped  # isort: skip
@@ -326,6 +328,39 @@ def test_the_leap_policy_runs_in_the_same_node_by_its_own_rule_and_in_the_contro
         angles = (np.arange(8) - 1) * 0.05 * np.pi
         expected = start + np.cumsum(np.sin(angles))[:, None] / 24
         np.testing.assert_allclose([position for position, _ in arm.commands[:8]], expected, atol=1e-6)
+        assert process.stop() == 0, process.output
+        assert "Traceback" not in process.output, process.output
+    finally:
+        arm.close()
+
+
+def test_a_published_checkpoint_of_get_zero_runs_in_the_node_on_a_leap_hand(shared, tmp_path):
+    """Random weights: the first step, from a pose that is known, is what the policy asks for; the later ones keep its rule."""
+    torch = pytest.importorskip("torch", reason="the checkpoint is converted by torch (extra `train`)")
+    from test_get_checkpoint import deeprob, published
+
+    torch.save(published(), tmp_path / "published.pt")
+    deeprob("models", "convert", tmp_path / "published.pt", "--export", tmp_path / "leap.onnx")
+    description = shared / "robots" / "leap_variants" / "139.urdf"
+    robot = Robot(read(description))
+    policy = LeapPolicy(engines.load(tmp_path / "leap.onnx", "onnxruntime", cache_dir=tmp_path, threads=1), robot)
+    start = (robot.lower + robot.upper) / 2
+    expected = []
+    for _ in range(7):  # no reset empties the phase's six steps, and the node asks for the self-model before it is enabled
+        policy.reset(start)
+        expected.append(policy.act(start))
+    process = policy_node(tmp_path / "log", model=tmp_path / "leap.onnx", robot_file=description, cache_dir=tmp_path / "cache")
+    limits = robot.lower, robot.upper, np.full(len(start), 2.0)  # the node's own; the policy asks for less on the way
+    arm = Arm(process, robot.joint_names, limits, start=start)
+    try:
+        arm.says("output", "not enabled")  # both sides have found each other
+        arm.until(lambda: arm.enable().success, "being enabled")
+        arm.until(lambda: len(arm.commands) > 20, "motion")
+        positions, velocities = arm.commands[0]
+        nearest = min(expected, key=lambda command: np.abs(command.positions - positions).max())
+        np.testing.assert_allclose(positions, nearest.positions, atol=1e-6)
+        np.testing.assert_allclose(velocities, nearest.velocities, atol=1e-5)
+        assert np.abs(arm.commands[20][0] - start).max() > 1e-3, "nothing moves"
         assert process.stop() == 0, process.output
         assert "Traceback" not in process.output, process.output
     finally:

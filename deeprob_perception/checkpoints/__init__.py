@@ -12,10 +12,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from deeprob_perception.checkpoints import mambaout, segformer, swin, vim, vit, vmamba
+from deeprob_perception.checkpoints import get, mambaout, segformer, swin, vim, vit, vmamba
 from deeprob_perception.checkpoints.files import WEIGHT_FILES, State, read_json, read_tensors
 from deeprob_perception.errors import ModelError
 from deeprob_perception.nets import features, reacher, segmenter
+from deeprob_perception.nets.get import build as build_get
 
 __all__ = ["build", "check_state", "convert"]
 
@@ -28,7 +29,8 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
 
     :param source: a folder from the Hugging Face hub (config.json beside the weights), or a .safetensors, .bin, .pth,
         .pt or .ckpt file. A pickle is read with `weights_only=True`: no code in it runs.
-    :return: a recipe with `task` `features` (a DINO ViT), `segmentation` (Swin or VMamba + UPerNet, SegFormer), or `backbone`
+    :return: a recipe with `task` `features` (a DINO ViT), `segmentation` (Swin or VMamba + UPerNet, SegFormer),
+        `leap_rotation` (GET-Zero), or `backbone`
         where there is no head: then the norms of stages 1 to 3, which a classifier doesn't have, are the identity, the fourth
         is its final one. A Vim's neck is left out, too: it is trained with a head.
     :raises ModelError: for another architecture, or missing, unexpected or mis-shaped tensors (the first few names).
@@ -40,7 +42,17 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
         if not found:
             raise ModelError(f"{source}: none of {', '.join(WEIGHT_FILES)} in this folder")
         weights = found[0]
-    tensors, meta = read_tensors(weights)
+    tensors, beside = read_tensors(weights)
+    if get.recognises(tensors, beside):  # a policy sees no images, and carries its configuration
+        recipe, state = get.convert(tensors, beside, str(weights))
+    else:
+        recipe, state = convert_image_network(tensors, beside, weights)
+    check_state(recipe, state, str(weights))
+    return recipe, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+
+
+def convert_image_network(tensors: State, beside: dict[str, Any], weights: Path) -> tuple[dict[str, Any], State]:
+    """Return recipe and state of a network that sees images; its neighbours in the folder say what the tensors don't."""
     config = read_json(weights.parent / "config.json")
     layout: Any = next((layout for layout in LAYOUTS if layout.recognises(tensors)), swin)
     layout.check_config(config, weights)
@@ -51,16 +63,17 @@ def convert(source: Path) -> tuple[dict[str, Any], State]:
     recipe["std"] = list(preprocessor.get("image_std", segmenter.IMAGENET_STD))
     if recipe["task"] == "segmentation":
         count = state["head.classify.weight"].shape[0]
-        recipe["classes"] = swin.class_names(config, meta, count)
+        recipe["classes"] = swin.class_names(config, beside, count)
         recipe["palette"] = swin.color_map(count)
-    check_state(recipe, state, str(weights))
-    return recipe, {name: tensor.float() if tensor.is_floating_point() else tensor for name, tensor in state.items()}
+    return recipe, state
 
 
 def build(recipe: dict[str, Any]) -> nn.Module:
     """Build the network of a recipe of any task, with random weights."""
     if recipe.get("task") == "reach":
         return reacher.build(recipe)
+    if recipe.get("task") == "leap_rotation":
+        return build_get(recipe)
     return features.build(recipe) if recipe.get("task") == "features" else segmenter.build(recipe)
 
 

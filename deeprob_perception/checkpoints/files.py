@@ -19,7 +19,10 @@ WEIGHT_FILES = ("model.safetensors", "pytorch_model.bin")
 
 
 def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
-    """Return the tensors of a weights file by name, and what else a training framework stored beside them."""
+    """Return the tensors of a weights file by name, and what else a training framework stored beside them.
+
+    The latter is the content of `meta`, and under their names the configurations (`..._config`).
+    """
     if not path.is_file():
         raise ModelError(f"{path}: no such file")
     if path.suffix == ".safetensors":
@@ -40,14 +43,16 @@ def read_tensors(path: Path) -> tuple[State, dict[str, Any]]:
             f"{path}: damaged, or cannot be read without running code from it, which is refused ({reason}); "
             "save its state_dict as .safetensors where it comes from"
         ) from error
-    meta = content.get("meta", {}) if isinstance(content, Mapping) else {}
+    whole = content if isinstance(content, Mapping) else {}
+    meta = whole["meta"] if isinstance(whole.get("meta"), dict) else {}
+    beside = {**meta, **{key: value for key, value in whole.items() if str(key).endswith("_config")}}
     for key in ("state_dict", "model", "teacher"):  # DINO's own checkpoints hold student and teacher; the latter is published
         if isinstance(content, Mapping) and isinstance(content.get(key), Mapping):
             content = content[key]
     if not isinstance(content, Mapping) or not any(isinstance(value, Tensor) for value in content.values()):
         raise ModelError(f"{path}: holds no state_dict of tensors")
     tensors = {str(name): value for name, value in content.items() if isinstance(value, Tensor)}
-    return tensors, meta if isinstance(meta, dict) else {}
+    return tensors, beside
 
 
 def read_json(path: Path) -> dict[str, Any]:

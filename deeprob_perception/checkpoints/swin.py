@@ -141,7 +141,7 @@ def infer_recipe(state: State, config: dict[str, Any], source: str) -> dict[str,
         names = ", ".join(sorted(state)[:3])
         raise ModelError(
             f"{source}: not a Swin checkpoint of a known layout (its first tensors: {names}), nor one of the others that are "
-            "read: VMamba, Vim, MambaOut, SegFormer, DINO"
+            "read: VMamba, Vim, MambaOut, SegFormer, DINO, GET-Zero"
         )
     tables: dict[tuple[int, int], Tensor] = {}
     for name, tensor in state.items():

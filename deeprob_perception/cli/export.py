@@ -42,7 +42,8 @@ def export(
     except ImportError as error:
         raise ModelError(f"export needs torch and onnxscript ({error}): pip install 'deeprob_perception[train]'") from error
     kind = f"{len(recipe['classes'])} classes" if "classes" in recipe else recipe["backbone"]
-    show(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {size}, {kind}")
+    takes = f"{recipe['slots']} joints" if "slots" in recipe else size
+    show(f"{path}: {path.stat().st_size / 1e6:.1f} MB, {takes}, {kind}")
 
 
 def read_metrics(path: Path) -> str:

@@ -108,7 +108,7 @@ def convert(
     height: Height = 480,
     width: Width = 640,
 ) -> None:
-    """Convert a Hugging Face, Microsoft or mmsegmentation checkpoint, or our own weights, to ours."""
+    """Convert a Hugging Face, Microsoft, mmsegmentation or GET-Zero checkpoint, or our own weights, to ours."""
     from rich.console import Console
 
     from deeprob_perception import checkpoints, zoo
@@ -148,6 +148,8 @@ def recipe_line(recipe: dict) -> str:
     window = f", window {recipe['window_size']}" if recipe.get("window_size") else ""
     if recipe.get("task") == "features":
         head = ", features"
+    elif "slots" in recipe:
+        head = f", {recipe['task']} policy for up to {recipe['slots']} joints"
     return f"{recipe['backbone']}{window}{head}"
 
 

@@ -19,7 +19,7 @@ REQUIRED = {
     "segmentation": ("name", "classes", "palette"),
     "features": ("name", "patch_size"),
     "reach": ("name", "layout"),
-    "leap_rotation": ("name",),
+    "leap_rotation": ("name", "layout"),
 }
 # a policy's task -> its action and its self-model's answer, which it may lack
 POLICY_OUTPUTS = {"reach": ("action", "forward_kinematics"), "leap_rotation": ("policy", "policy_forward_kinematics")}

@@ -9,6 +9,7 @@ Shapes in comments: B batch, n joints (tokens), F features of a token, C width, 
 """
 
 from collections.abc import Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -115,6 +116,14 @@ class GraphEmbodimentTransformer(nn.Module):
                 values = values.masked_fill(padding[..., None], NOT_A_JOINT)
             found[name] = values.squeeze(-1) if size == 1 else values
         return found
+
+
+def build(recipe: dict[str, Any]) -> GraphEmbodimentTransformer:
+    """Return the network of a recipe, with random weights.
+
+    :param recipe: `token`, `slots` (the most joints), and `network`: the other arguments of the class.
+    """
+    return GraphEmbodimentTransformer(recipe["token"], dropout=0.0, max_joints=recipe["slots"], **recipe["network"])
 
 
 class Layer(nn.Module):

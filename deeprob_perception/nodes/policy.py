@@ -325,8 +325,12 @@ class PolicyNode(PerceptionNode):
 
     def close(self) -> None:
         """Stop and release everything; a robot in motion comes to rest where ROS still lets us say so."""
-        if self.context.ok():
-            self._disarm("not_enabled", "the node ends")
+        try:
+            if self.context.ok():
+                self._disarm("not_enabled", "the node ends")
+        except Exception:  # a signal that comes now ends ROS under us, and with it what we wanted to say
+            if self.context.ok():
+                raise
         self._release()
         super().close()
 

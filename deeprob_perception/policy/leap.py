@@ -19,6 +19,7 @@ from deeprob_perception.robots.robot import euler
 
 RATE = 20.0  # Hz; the policy was trained at it, and its history and steps mean time
 STEPS = 6  # of history
+LAYOUT = "leap-1"  # of the tokens; a model says which one it was trained with
 TOKEN = 30  # floats: 12 of the phase, 12 of the joint's history, 6 of its place
 LARGEST = 1 / 24  # rad, of a step
 TURN = math.pi  # rad of phase a second: the gait's period is 2 s
@@ -72,6 +73,8 @@ class LeapPolicy:
     def __init__(self, engine: Engine, robot: Robot, rate: float = RATE):
         if rate != RATE:
             raise ModelError(f"{engine.path.name} was trained at {RATE:g} Hz and cannot run at {rate:g}; set rate to {RATE:g}")
+        if engine.metadata["layout"] != LAYOUT:
+            raise ModelError(f"{engine.path} takes tokens {engine.metadata['layout']!r}; this version makes {LAYOUT!r}")
         size = next(spec.shape[2] for spec in engine.inputs if spec.name == "tokens")
         if size != TOKEN:
             raise ModelError(f"{engine.path} takes tokens of {size} numbers, leap_rotation's have {TOKEN}; export it again")
