@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from policy_models import urdf as small_arm
 
 from deeprob_perception.errors import PerceptionError, RobotError
-from deeprob_perception.policy.approach import SLOPE, Approach
+from deeprob_perception.policy.approach import SLOPE, Approach, Funnel
 from deeprob_perception.robots import Robot, parse, read
 from deeprob_perception.target import CameraMount, Intrinsics, locate
 
@@ -219,7 +219,7 @@ def test_distance_and_touch_are_those_of_the_tool_and_the_ball(renderer):
     robot = cell.robot
     radius = cell.model.geom_size[cell._surfaces[0], 0]
     random = np.random.default_rng(0)
-    goal = cell.target_place + [0, 0, radius + 0.01]  # above its top
+    goal = cell.target_place + np.array([0, 0, radius + 0.01])  # above its top
     drawn = random.uniform(robot.lower, robot.upper, (20000, 4))
     tips = robot.forward_kinematics(drawn, [TOOL])[:, 0, :3, 3]
     best = drawn[np.linalg.norm(tips - goal, axis=1).argmin()]
@@ -241,7 +241,8 @@ def test_what_cannot_be_built_is_said(renderer):
         Cell(Wish(0, text, TOOL, "spoon"), renderer)
     with pytest.raises(RobotError, match="no link 'hook' to be the tip"):
         Cell(Wish(0, text, "hook"), renderer)
-    high = text.replace('<limit lower="0" upper=', '<limit lower="-9" upper="-0.2" effort="1" velocity="1"/><limit lower="0" upper=')
+    lifted = '<limit lower="-9" upper="-0.2" effort="1" velocity="1"/><limit lower="0" upper='
+    high = text.replace('<limit lower="0" upper=', lifted)
     with pytest.raises(SimulationError, match="'tool' of 'scara' was never low over the table"):
         Cell(Wish(0, high, TOOL), renderer)
     once = with_camera(text, parse(text), np.eye(4))
@@ -255,11 +256,20 @@ def test_what_cannot_be_built_is_said(renderer):
 @given(st.tuples(*[st.floats(-2, 2)] * 3), st.tuples(*[st.floats(-2, 2)] * 3), st.floats(0, 0.5), st.floats(0, 0.2))
 def test_the_funnel_lifts_goals_by_how_far_the_tip_is_beside_them_and_never_moves_them_sideways(goal, tip, height, radius):
     goal, tip = np.array(goal), np.array(tip)
-    found = Approach(height, radius).goal(goal, tip)
+    found = Funnel(Approach(height, radius), 0.05).goal(goal, tip)
     np.testing.assert_array_equal(found[:2], goal[:2])
     beside = np.hypot(*(goal - tip)[:2])
-    assert 0 <= found[2] - goal[2] <= height + 1e-12
+    assert -1e-12 <= found[2] - goal[2] <= height + 1e-12
     if beside <= radius:
         assert found[2] == goal[2]
     elif beside >= radius + height / SLOPE:
         assert found[2] == pytest.approx(goal[2] + height)
+
+
+def test_a_funnel_that_cannot_be_followed_gets_lower_and_is_as_high_as_ever_for_another_goal():
+    funnel, goal, tip = Funnel(Approach(0.16, 0.04), 0.05), np.zeros(3), np.array([0.3, 0.0, 0.0])
+    lifts = [funnel.goal(goal, tip)[2] for _ in range(35)]  # the tip stays where it is
+    assert lifts[0] == lifts[9] == 0.16 and sorted(set(lifts)) == [0.02, 0.04, 0.08, 0.16]
+    coming = Funnel(Approach(0.16, 0.04), 0.05)
+    assert all(coming.goal(goal, tip * (1 - 0.02 * i))[2] == 0.16 for i in range(20)), "it comes nearer"
+    assert funnel.goal(np.array([0, 0.2, 0]), tip)[2] == 0.16

@@ -1,11 +1,15 @@
 # SPDX-License-Identifier: Apache-2.0
-"""How a goal is come to: from above, as a hand does that must not push away what it reaches for. Stateless."""
+"""How a goal is come to: from above, as a hand does that must not push away what it reaches for."""
 
+import math
 from dataclasses import dataclass
 
 import numpy as np
 
 SLOPE = 2.0  # m of height for each m beside the goal
+PATIENCE = 0.5  # seconds without coming nearer by PROGRESS, after which the funnel gets lower by half
+PROGRESS = 0.003  # m
+ANOTHER = 0.05  # m: a goal that is so far from the last one is another
 
 
 @dataclass(frozen=True)
@@ -19,8 +23,37 @@ class Approach:
     height: float = 0.0
     radius: float = 0.04
 
+    def lift(self, beside: float) -> float:
+        """Return how far above its goal a tip is sent that is `beside` m beside it, m."""
+        return min(max(SLOPE * (beside - self.radius), 0.0), self.height)
+
+
+class Funnel:
+    """An approach under way. Where the arm cannot follow it, as the point above is out of reach, it gets lower and lower."""
+
+    def __init__(self, approach: Approach, period: float):
+        """:param period: of control, seconds."""
+        self._approach = approach
+        self._patience = max(1, round(PATIENCE / period))
+        self.reset()
+
+    def reset(self) -> None:
+        """Begin anew, at full height."""
+        self._share, self._nearest, self._stalled = 1.0, math.inf, 0
+        self._last: np.ndarray | None = None
+
     def goal(self, goal: np.ndarray, tip: np.ndarray) -> np.ndarray:
-        """Return where to go now, `[3]`, m, in the root's frame. :param goal: `[3]`. :param tip: where the tip is, `[3]`."""
-        beside = float(np.hypot(goal[0] - tip[0], goal[1] - tip[1]))
-        lift = min(max(SLOPE * (beside - self.radius), 0.0), self.height)
-        return np.array([goal[0], goal[1], goal[2] + lift])
+        """Return where to go in this step, `[3]`, m, in the root's frame. :param tip: where it is, `[3]`."""
+        if self._last is None or math.dist(goal, self._last) > ANOTHER:
+            self.reset()
+        self._last = np.array(goal)
+        lift = self._share * self._approach.lift(math.hypot(goal[0] - tip[0], goal[1] - tip[1]))
+        there = np.array([goal[0], goal[1], goal[2] + lift])
+        distance = math.dist(there, tip)
+        if distance < self._nearest - PROGRESS:
+            self._nearest, self._stalled = distance, 0
+        elif lift > 0:
+            self._stalled += 1
+            if self._stalled >= self._patience:
+                self._share, self._nearest, self._stalled = 0.5 * self._share, math.inf, 0
+        return there

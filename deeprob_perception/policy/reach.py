@@ -8,7 +8,7 @@ import numpy as np
 from deeprob_perception.engines import Engine
 from deeprob_perception.errors import ModelError, RobotError
 from deeprob_perception.policy import expert
-from deeprob_perception.policy.approach import Approach
+from deeprob_perception.policy.approach import Approach, Funnel
 from deeprob_perception.policy.command import Command
 from deeprob_perception.policy.tokens import LAYOUT, SCALE, TOKEN, fixed, tokens
 from deeprob_perception.robots.batch import of_robot
@@ -21,7 +21,7 @@ class ReachPolicy:
     """Moves a robot's tip to goals.
 
     What it asks for is within the position limits of the robot's description and, in one control period, within its velocity
-    limits. It has no state: `reset` is there for the sake of policies that have.
+    limits. It has no state but that of an approach.
     """
 
     def __init__(self, engine: Engine, robot: Robot, tip: str, rate: float = 20.0, approach: Approach | None = None):
@@ -36,8 +36,8 @@ class ReachPolicy:
         if not rate > 0:
             raise RobotError(f"a control rate of {rate:g} Hz makes no sense; give one above 0")
         self.engine, self.robot, self.tip = engine, robot, tip
-        self._approach = approach if approach is not None and approach.height > 0 else None
         self._period = 1 / rate
+        self._funnel = Funnel(approach, self._period) if approach is not None and approach.height > 0 else None
         slots = next(spec for spec in engine.inputs if spec.name == "tokens").shape[1]
         padded = of_robot(robot, tip, slots)
         batch = of_robot(robot, tip)  # what is computed here need not be padded, and takes half the time for that
@@ -54,7 +54,9 @@ class ReachPolicy:
         self._wanted = tuple(spec.name for spec in engine.outputs)
 
     def reset(self, positions: np.ndarray) -> None:
-        """Do nothing: the next step depends on nothing but the state."""
+        """Begin the approach anew; without one, the next step depends on nothing but the state."""
+        if self._funnel is not None:
+            self._funnel.reset()
 
     def act(self, positions: np.ndarray, goal: np.ndarray | None) -> Command:
         """Return the next step.
@@ -63,8 +65,8 @@ class ReachPolicy:
         """
         positions = np.asarray(positions, np.float64)
         state = positions.astype(np.float32).reshape(1, 1, -1)
-        if goal is not None and self._approach is not None:
-            goal = self._approach.goal(goal, self.robot.forward_kinematics(positions, [self.tip])[0, :3, 3])
+        if goal is not None and self._funnel is not None:
+            goal = self._funnel.goal(goal, self.robot.forward_kinematics(positions, [self.tip])[0, :3, 3])
         there = np.zeros((1, 1, 3), np.float32) if goal is None else np.asarray(goal, np.float32).reshape(1, 1, 3)
         told, seen = tokens(self._batch, self._constant, state, there)
         self._tokens[0, : self._count] = told[0, 0]
