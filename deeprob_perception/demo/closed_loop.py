@@ -86,7 +86,7 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
                     raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
                                           f"{process.last_words()} (log: {process.log})")
 
-        nodes = {name: Diagnostics(name) for name in ("segmentation", "target", "policy")}
+        nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
         follow(begin("watch", "deeprob_perception.nodes.watch", piped=True), list(nodes.values()))
         recorder = None
         if record is not None:
