@@ -8,6 +8,7 @@ patches most like it, in the frames where the objects were given and in the last
 Shapes in comments: h x w patches, C channels, K objects, T frames of context.
 """
 
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import cycle
@@ -210,28 +211,34 @@ def spread_tiles(
     """
     height, width, channels = features.shape
     frames = len(context.empty)
+    high, wide = TILE
+    room = np.empty((high + 2 * radius) * (wide + 2 * radius) * frames * high * wide, np.float32)
+    beside: dict[tuple[int, int], np.ndarray] = {}  # less of likeness [columns * T, n], by a tile's first column and height
     patches, found, likeness = [], [], []
     for top, left in tiles:
-        bottom, right = min(height, top + TILE[0]), min(width, left + TILE[1])
+        bottom, right = min(height, top + high), min(width, left + wide)
         start, end = max(0, top - radius), min(height, bottom + radius)
         first, last = max(0, left - radius), min(width, right + radius)
         query = features[top:bottom, left:right].reshape(-1, channels).T.copy()  # [C, n]
         keys = context.keys[start:end, first:last].reshape(end - start, -1, channels)  # [rows, columns * T, C], no copy
-        alike = keys @ query  # [rows, columns * T, n]
+        shape = (*keys.shape[:2], query.shape[1])  # rows, columns * T, n
+        alike = np.matmul(keys, query, out=room[: math.prod(shape)].reshape(shape))
         # Out of reach: a row of keys for some rows of the tile; a column of keys, and an empty frame, for all rows alike.
         across = right - left
         for row in (*range(start, bottom - radius), *range(top + radius + 1, end)):
             alike[row - start, :, : max(0, row - radius - top) * across] = FAR
             alike[row - start, :, (row + radius + 1 - top) * across :] = FAR
-        apart = np.abs(np.arange(first, last)[:, None] - np.arange(left, right)) > radius
-        apart = np.tile((apart[:, None] | context.empty[:, None]).reshape(-1, across), bottom - top)  # [columns * T, n]
-        where, best = top_of_groups(alike, np.where(apart, FAR, np.float32(0)), settings.top_k)
+        if (left, bottom - top) not in beside:
+            apart = np.abs(np.arange(first, last)[:, None] - np.arange(left, right)) > radius
+            apart = np.tile((apart[:, None] | context.empty[:, None]).reshape(-1, across), bottom - top)
+            beside[left, bottom - top] = np.where(apart, FAR, np.float32(0))
+        where, best = top_of_groups(alike, beside[left, bottom - top], settings.top_k)
         rows, rest = np.divmod(where, (last - first) * frames)
         found.append(((start + rows) * width + first) * frames + rest)  # in [h, w, T]
         likeness.append(best)
         patches.append((np.arange(top, bottom)[:, None] * width + np.arange(left, right)).ravel())
     weights = np.concatenate(likeness)  # [patches, top_k]
-    weights = np.exp((weights - weights.max(1, keepdims=True)) / settings.temperature)
+    weights = np.exp((weights - weights[:, :1]) / settings.temperature)
     weights /= weights.sum(1, keepdims=True)
     chosen = context.votes.reshape(-1, shares.shape[-1])[np.concatenate(found)]  # [patches, top_k, K + 1]
     shares.reshape(-1, shares.shape[-1])[np.concatenate(patches)] = np.einsum("nk,nkc->nc", weights, chosen)
@@ -263,22 +270,34 @@ def relabelled(
 
 
 def top_of_groups(values: np.ndarray, less: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where the largest of `[S, G, n]` + `[G, n]` are in `[S * G]`, and these, unordered: int64, float32 `[n, count]`.
+    """Return where in `[S * G]` the largest of `[S, G, n]` + `[G, n]` are, and these, best first: int64, float32 `[n, count]`.
 
     The `count` largest values lie in the `count` groups with the largest maxima, which are few to search.
     """
     size, groups, columns = values.shape
-    count = min(count, groups * size)
     kept = min(count, groups)
-    highest = np.ascontiguousarray((values.max(0) + less).T)  # [n, G]
-    chosen = np.argpartition(highest, groups - kept, axis=1)[:, groups - kept :]  # [n, kept]
-    places = chosen * columns + np.arange(columns)[:, None]  # in [G, n]
-    found = values.reshape(size, -1)[:, places] + less.ravel()[places]  # [S, n, kept]
-    found = found.transpose(1, 0, 2).reshape(columns, -1)  # [n, S * kept]
-    best = np.argpartition(found, size * kept - count, axis=1)[:, size * kept - count :]
-    rows = np.arange(columns)[:, None]
+    chosen, _ = take_largest((values.max(0) + less).T.copy(), kept)  # [n, kept]
+    places = (chosen * columns + np.arange(columns)[:, None]).ravel()  # in [G, n]
+    found = values.reshape(size, -1).take(places, 1) + less.take(places)  # [S, n * kept]
+    found = found.reshape(size, columns, kept).transpose(1, 0, 2).reshape(columns, -1)  # [n, S * kept]
+    best, highest = take_largest(found, min(count, size * kept))
     member, group = np.divmod(best, kept)
-    return member * groups + chosen[rows, group], found[rows, best]
+    return member * groups + np.take_along_axis(chosen, group, 1), highest
+
+
+def take_largest(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each row's largest are, and these, best first: int64, float32 `[n, count]`; `values` loses them.
+
+    For the handful that vote, one search after another is several times as fast as a partition of the row.
+    """
+    rows = np.arange(len(values))
+    where = np.empty((len(values), count), np.int64)
+    found = np.empty((len(values), count), values.dtype)
+    for i in range(count):
+        where[:, i] = values.argmax(1)
+        found[:, i] = values[rows, where[:, i]]
+        values[rows, where[:, i]] = -np.inf
+    return where, found
 
 
 def paint(shares: np.ndarray, ids: list[int], height: int, width: int) -> np.ndarray:
@@ -290,12 +309,14 @@ def paint(shares: np.ndarray, ids: list[int], height: int, width: int) -> np.nda
     if not ids:
         return np.zeros((height, width), np.uint8)
     largest = np.maximum(shares.max((0, 1)), 1e-6)
-    mask = np.zeros((height, width), np.uint8)
-    most: np.ndarray = np.zeros((height, width), np.float32)
-    for k, number in enumerate((0, *ids)):
-        if shares[..., k].sum() >= GONE:
-            full = cv2.resize(shares[..., k] / largest[k], (width, height), interpolation=cv2.INTER_LINEAR)
-            if k:
-                mask[full > most] = number
-            most = cv2.max(most, full)
+
+    def full(k: int) -> np.ndarray:
+        share = shares[..., k] / largest[k] if shares[..., k].sum() >= GONE else np.zeros_like(shares[..., k])
+        return cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    mask, most = np.zeros((height, width), np.uint8), full(0)
+    for k, number in enumerate(ids, start=1):
+        ours = full(k)
+        mask[ours > most] = number
+        np.maximum(most, ours, out=most)
     return mask
