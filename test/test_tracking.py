@@ -82,13 +82,14 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 # Masks ----------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.integers(1, 8))
+@given(st.integers(0, 2**32 - 1), *(st.integers(1, most) for most in (3, 4, 9, 12, 8)))
 @settings(max_examples=60, deadline=None)
-def test_the_largest_of_groups_are_the_largest_of_all(seed, columns, groups, size, count):
+def test_the_largest_of_groups_are_the_largest_of_all(seed, batch, columns, groups, size, count):
     rng = np.random.default_rng(seed)
-    values, less = (rng.normal(size=shape).astype(np.float32) for shape in ((size, groups, columns), (groups, columns)))
+    values = rng.normal(size=(batch, size, groups, columns)).astype(np.float32)
+    less = rng.normal(size=(groups, columns)).astype(np.float32)
     where, found = top_of_groups(values, less, count)
-    flat = (values + less).reshape(-1, columns).T
+    flat = (values + less).reshape(batch, -1, columns).transpose(0, 2, 1).reshape(batch * columns, -1)
     assert np.array_equal(found, -np.sort(-flat)[:, : min(count, flat.shape[1])])
     assert np.array_equal(np.take_along_axis(flat, where, 1), found)
 

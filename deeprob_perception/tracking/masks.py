@@ -23,7 +23,8 @@ from deeprob_perception.tracking.blas import one_thread
 GONE = 0.5
 # Rows and columns of patches whose likeness is computed at once. Larger ones have more in reach that only some of their patches
 # may look at; smaller ones make products that are slow. Measured at 480x848 and 240x424: tools/time_tracker.py.
-TILE = (4, 8)
+TILE = (4, 4)
+ROOM = 1 << 19  # likenesses at once, in one thread: 2 MB, beyond which they leave the cache
 FAR = np.float32(-4)  # below any cosine, twice added too
 MOST_THREADS = 4  # more would mostly wait for the interpreter, which they share
 
@@ -55,6 +56,7 @@ class MaskTracker:
         self._threads = threads or min(MOST_THREADS, cores())
         # This thread takes a part of the work, too.
         self._pool = ThreadPoolExecutor(self._threads - 1, "masks") if self._threads > 1 else None
+        self._rooms = [np.empty(0, np.float32)] * self._threads  # of each, for likenesses: new memory is slow to touch
         self.reset()
 
     def reset(self) -> None:
@@ -132,16 +134,22 @@ class MaskTracker:
         reach = 2 * radius + 1
         near = cv2.dilate(held.astype(np.uint8), np.ones((reach, reach), np.uint8))
         high, wide = TILE
-        tiles = [(top, left) for top in range(0, height, high) for left in range(0, width, wide)
-                 if near[top : top + high, left : left + wide].any()]  # fmt: skip
-        parts = [tiles[i :: self._threads] for i in range(min(self._threads, len(tiles)))]
+        tile = (high + 2 * radius) * (wide + 2 * radius) * len(context.empty) * high * wide  # likenesses
+        at_once = max(1, ROOM // tile)
+        if self._rooms[0].size < at_once * tile:
+            self._rooms = [np.empty(at_once * tile, np.float32) for _ in self._rooms]
+        batches = []
+        for top in range(0, height, high):
+            lefts = [left for left in range(0, width, wide) if near[top : top + high, left : left + wide].any()]
+            batches += [(top, lefts[i : i + at_once]) for i in range(0, len(lefts), at_once)]
+        parts = [batches[i :: self._threads] for i in range(min(self._threads, len(batches)))]
 
-        def work(part: list[tuple[int, int]]) -> None:
-            spread_tiles(features, context, part, radius, self.settings, shares)
+        def work(n: int) -> None:
+            spread_tiles(features, context, parts[n], radius, self.settings, self._rooms[n], shares)
 
-        others = [self._pool.submit(work, part) for part in parts[1:]] if self._pool is not None else []
+        others = [self._pool.submit(work, n) for n in range(1, len(parts))] if self._pool is not None else []
         if parts:
-            work(parts[0])
+            work(0)
         for other in others:
             other.result()
         return shares
@@ -202,45 +210,56 @@ class Context:
 
 
 def spread_tiles(
-    features: np.ndarray, context: Context, tiles: list[tuple[int, int]], radius: int, settings: Propagation, shares: np.ndarray
-) -> None:
+    features: np.ndarray, context: Context, batches: list[tuple[int, list[int]]], radius: int, settings: Propagation,
+    room: np.ndarray, shares: np.ndarray,
+) -> None:  # fmt: skip
     """Write the shares of some tiles of a frame's patches.
 
-    :param features: of the frame, float32 `[h, w, C]`. :param tiles: their first rows and columns, one or more.
+    :param features: of the frame, float32 `[h, w, C]`. :param batches: first row of some tiles, and the first column of each.
+    :param room: float32, to work in: at least the likenesses of the longest batch.
     :param shares: float32 `[h, w, K + 1]`, to write to.
     """
     height, width, channels = features.shape
     frames = len(context.empty)
     high, wide = TILE
-    room = np.empty((high + 2 * radius) * (wide + 2 * radius) * frames * high * wide, np.float32)
-    beside: dict[tuple[int, int], np.ndarray] = {}  # less of likeness [columns * T, n], by a tile's first column and height
+    across = wide + 2 * radius  # columns in reach of a tile
     patches, found, likeness = [], [], []
-    for top, left in tiles:
-        bottom, right = min(height, top + high), min(width, left + wide)
+    for top, lefts in batches:
+        bottom, first = min(height, top + high), np.array(lefts)
         start, end = max(0, top - radius), min(height, bottom + radius)
-        first, last = max(0, left - radius), min(width, right + radius)
-        query = features[top:bottom, left:right].reshape(-1, channels).T.copy()  # [C, n]
-        keys = context.keys[start:end, first:last].reshape(end - start, -1, channels)  # [rows, columns * T, C], no copy
-        shape = (*keys.shape[:2], query.shape[1])  # rows, columns * T, n
-        alike = np.matmul(keys, query, out=room[: math.prod(shape)].reshape(shape))
+        size = (bottom - top) * wide
+        shape = (len(lefts), end - start, across * frames, size)
+        alike = room[: math.prod(shape)].reshape(shape)  # [tiles, rows, columns * T, n]
+        query = np.zeros((len(lefts), channels, bottom - top, wide), np.float32)
+        for i, left in enumerate(lefts):
+            tile = features[top:bottom, left : left + wide]
+            query[i, ..., : tile.shape[1]] = tile.transpose(2, 0, 1)
+            low, up = max(0, left - radius), min(width, left + wide + radius)
+            keys = context.keys[start:end, low:up].reshape(end - start, -1, channels)  # [rows, columns * T, C], no copy
+            inside = slice((low - left + radius) * frames, (up - left + radius) * frames)
+            np.matmul(keys, query[i].reshape(channels, size), out=alike[i, :, inside])
+            alike[i, :, : inside.start] = alike[i, :, inside.stop :] = FAR  # outside of the image
         # Out of reach: a row of keys for some rows of the tile; a column of keys, and an empty frame, for all rows alike.
-        across = right - left
         for row in (*range(start, bottom - radius), *range(top + radius + 1, end)):
-            alike[row - start, :, : max(0, row - radius - top) * across] = FAR
-            alike[row - start, :, (row + radius + 1 - top) * across :] = FAR
-        if (left, bottom - top) not in beside:
-            apart = np.abs(np.arange(first, last)[:, None] - np.arange(left, right)) > radius
-            apart = np.tile((apart[:, None] | context.empty[:, None]).reshape(-1, across), bottom - top)
-            beside[left, bottom - top] = np.where(apart, FAR, np.float32(0))
-        where, best = top_of_groups(alike, beside[left, bottom - top], settings.top_k)
-        rows, rest = np.divmod(where, (last - first) * frames)
-        found.append(((start + rows) * width + first) * frames + rest)  # in [h, w, T]
-        likeness.append(best)
-        patches.append((np.arange(top, bottom)[:, None] * width + np.arange(left, right)).ravel())
+            alike[:, row - start, :, : max(0, row - radius - top) * wide] = FAR
+            alike[:, row - start, :, (row + radius + 1 - top) * wide :] = FAR
+        apart = np.abs(np.arange(across)[:, None] - radius - np.arange(wide)) > radius  # [columns, wide]
+        lacking = np.tile(apart[:, None] | context.empty[:, None], bottom - top)  # [columns, T, n]
+        less = np.where(lacking, FAR, np.float32(0)).reshape(-1, size)
+        where, best = top_of_groups(alike, less, settings.top_k)
+        rows, rest = np.divmod(where, across * frames)
+        corner = (start * width + first - radius) * frames  # of what is in reach, in [h, w, T]
+        column = first[:, None] + np.arange(wide)
+        whole = np.broadcast_to(column[:, None] < width, (len(lefts), bottom - top, wide)).ravel()  # tiles may stick out
+        found.append((rows * (width * frames) + rest + corner.repeat(size)[:, None])[whole])
+        likeness.append(best[whole])
+        patches.append((np.arange(top, bottom)[:, None] * width + column[:, None]).ravel()[whole])
     weights = np.concatenate(likeness)  # [patches, top_k]
     weights = np.exp((weights - weights[:, :1]) / settings.temperature)
     weights /= weights.sum(1, keepdims=True)
-    chosen = context.votes.reshape(-1, shares.shape[-1])[np.concatenate(found)]  # [patches, top_k, K + 1]
+    # What is out of reach has no weight left; it may lie outside, where there is no patch.
+    places = np.concatenate(found).clip(0, height * width * frames - 1)
+    chosen = context.votes.reshape(-1, shares.shape[-1])[places]  # [patches, top_k, K + 1]
     shares.reshape(-1, shares.shape[-1])[np.concatenate(patches)] = np.einsum("nk,nkc->nc", weights, chosen)
 
 
@@ -270,19 +289,22 @@ def relabelled(
 
 
 def top_of_groups(values: np.ndarray, less: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where in `[S * G]` the largest of `[S, G, n]` + `[G, n]` are, and these, best first: int64, float32 `[n, count]`.
+    """Return where in `[S * G]` the largest of `[B, S, G, n]` + `[G, n]` are, and these, best first: `[B * n, count]`.
 
     The `count` largest values lie in the `count` groups with the largest maxima, which are few to search.
     """
-    size, groups, columns = values.shape
+    batch, size, groups, columns = values.shape
     kept = min(count, groups)
-    chosen, _ = take_largest((values.max(0) + less).T.copy(), kept)  # [n, kept]
-    places = (chosen * columns + np.arange(columns)[:, None]).ravel()  # in [G, n]
-    found = values.reshape(size, -1).take(places, 1) + less.take(places)  # [S, n * kept]
-    found = found.reshape(size, columns, kept).transpose(1, 0, 2).reshape(columns, -1)  # [n, S * kept]
-    best, highest = take_largest(found, min(count, size * kept))
+    highest = (values.max(1) + less).transpose(0, 2, 1).reshape(-1, groups)
+    chosen, _ = take_largest(highest, kept)  # [B * n, kept]
+    tile, column = np.divmod(np.arange(batch * columns), columns)
+    places = chosen * columns + column[:, None]  # in [G, n]
+    members = (tile[:, None] * size + np.arange(size)) * (groups * columns)  # [B * n, S]
+    found = values.reshape(-1).take(members[:, :, None] + places[:, None])  # [B * n, S, kept]
+    found += less.reshape(-1).take(places)[:, None]
+    best, largest = take_largest(found.reshape(len(chosen), -1), min(count, size * kept))
     member, group = np.divmod(best, kept)
-    return member * groups + np.take_along_axis(chosen, group, 1), highest
+    return member * groups + np.take_along_axis(chosen, group, 1), largest
 
 
 def take_largest(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
