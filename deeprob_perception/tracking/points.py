@@ -123,12 +123,14 @@ class PointTracker:
             sure[asked] = trusted
             again = ~trusted & mutual & (cosine >= settings.alike)
             size = patch_of(features, grey.shape)
-            for point, place, value in zip(asked[again], found[again], cosine[again], strict=True):
+            back: list[int] = []
+            for point, place, value in zip(asked[again].tolist(), found[again].tolist(), cosine[again], strict=True):
                 known = cut(last, start[point]) if self.visible[point] else self._pictures[point]
                 exact = by_picture(grey, known, place, max(size), settings.picture)
                 if exact is not None:
                     places[point], confidence[point], sure[point] = exact, value, True
-                    now[point] = sample(features, exact[None], grey.shape)[0]
+                    back.append(point)
+            now[back] = sample(features, places[back], grey.shape)
         lost = ~sure
         places[lost] = start[lost]  # out of sight: it stays where it was seen last, and is looked for around there
         inside = ((places >= 0) & (places <= (grey.shape[1] - 1, grey.shape[0] - 1))).all(1)
@@ -229,11 +231,11 @@ def cut(grey: np.ndarray, place: np.ndarray) -> np.ndarray:
     return cv2.getRectSubPix(grey, WINDOW, (float(place[0]), float(place[1])))
 
 
-def by_picture(grey: np.ndarray, picture: np.ndarray, near: np.ndarray, radius: float, least: float) -> np.ndarray | None:
+def by_picture(grey: np.ndarray, picture: np.ndarray, near: list[float], radius: float, least: float) -> np.ndarray | None:
     """Return where in a radius (pixels) a picture fits best, x, y float32; None where its correlation is below `least`."""
     half = WINDOW[0] // 2
     reach = int(np.ceil(radius))
-    x, y = round(float(near[0])), round(float(near[1]))
+    x, y = map(round, near)
     left, top = max(0, x - reach - half), max(0, y - reach - half)
     area = grey[top : y + reach + half + 1, left : x + reach + half + 1]
     if min(area.shape) < WINDOW[0] + 2:
