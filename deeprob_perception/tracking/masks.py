@@ -25,7 +25,7 @@ GONE = 0.5
 # may look at; smaller ones make products that are slow. Measured at 480x848 and 240x424: tools/time_tracker.py.
 TILE = (4, 4)
 ROOM = 1 << 19  # likenesses at once, in one thread: 2 MB, beyond which they leave the cache
-FAR = np.float32(-4)  # below any cosine, twice added too
+FAR = np.float32(-4)  # below any cosine
 MOST_THREADS = 4  # more would mostly wait for the interpreter, which they share
 
 
