@@ -18,8 +18,10 @@ PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check in
 help:  ## Show the targets.
 	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
 
-demo: $(VENV)/.stamp-demo  ## Sample bag -> segmentation and tracking nodes -> recorder; report in out/demo/.
+demo: $(VENV)/.stamp-demo $(VENV)/.stamp-rendering  ## Sample bag -> nodes -> report in out/demo/; simulated arm -> out/closed_loop/.
 	$(BIN)/deeprob demo $(DEMO)
+	@if [ -e $(VENV)/.stamp-rendering ]; then $(BIN)/deeprob demo --closed-loop; \
+	else echo "the closed loop is left out: this machine cannot render"; fi
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-rendering  ## Run the whole test suite.
 	$(BIN)/python -m pytest $(TESTS)
@@ -37,16 +39,16 @@ $(VENV)/.stamp-python: tools/setup.sh
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python setup.py
-	@echo "installing the package and ROS 2 from PyPI into $(VENV) (once, some minutes; no torch)"
-	$(PIP) -e '.[ros]'
+	@echo "installing the package, ROS 2 and MuJoCo from PyPI into $(VENV) (once, some minutes; no torch)"
+	$(PIP) -e '.[ros,sim]'
 	@touch $@
 
 # torch==2.13.0 from PyPI brings CUDA along where no CPU build is at hand (PIP_FLAGS names an index that has one).
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
-	@echo "installing torch, MuJoCo and the test tools into $(VENV) (once, some minutes)"
+	@echo "installing torch and the test tools into $(VENV) (once, some minutes)"
 	$(PIP) -e '.[ros,train,sim,test]'
 	@touch $@
 
 # MuJoCo draws with the system's EGL; the stamp is left only where it works, so that a later run looks again.
-$(VENV)/.stamp-rendering: $(VENV)/.stamp-test
+$(VENV)/.stamp-rendering: $(VENV)/.stamp-demo
 	@bash tools/setup.sh rendering $(VENV) && touch $@ || true

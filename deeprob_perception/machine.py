@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
-from deeprob_perception.engines.host import processor_name
+from deeprob_perception.engines.host import cores, processor_name
 
 PACKAGES = ("deeprob_perception", "rclpy", "openvino", "onnxruntime", "numpy", "opencv-python-headless", "rosbags")
 
@@ -26,11 +26,6 @@ def versions(packages: Sequence[str] = PACKAGES) -> dict[str, str]:
 def facts() -> dict[str, str]:
     """Return processor, cores that this process may use, memory and operating system, for people to read."""
     return {"processor": processor_name(), "cores": str(cores()), **_memory(), "system": _system()}
-
-
-def cores() -> int:
-    """Return how many cores this process may use."""
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 
 def _memory() -> dict[str, str]:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""Where an object is: `ros2 launch deeprob_perception target.launch.py target_class:=mug depth_topic:=/depth/image_raw`."""
+"""Where an object is: `ros2 launch deeprob_perception target.launch.py target_class:=mug depth_topic:=/camera/depth`."""
 
 import sys
 from pathlib import Path

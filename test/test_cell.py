@@ -257,6 +257,7 @@ def test_what_cannot_be_built_is_said(renderer):
 def test_the_funnel_lifts_goals_by_how_far_the_tip_is_beside_them_and_never_moves_them_sideways(goal, tip, height, radius):
     goal, tip = np.array(goal), np.array(tip)
     found = Funnel(Approach(height, radius), 0.05).goal(goal, tip)
+    assert found is not None
     np.testing.assert_array_equal(found[:2], goal[:2])
     beside = np.hypot(*(goal - tip)[:2])
     assert -1e-12 <= found[2] - goal[2] <= height + 1e-12
@@ -268,8 +269,18 @@ def test_the_funnel_lifts_goals_by_how_far_the_tip_is_beside_them_and_never_move
 
 def test_a_funnel_that_cannot_be_followed_gets_lower_and_is_as_high_as_ever_for_another_goal():
     funnel, goal, tip = Funnel(Approach(0.16, 0.04), 0.05), np.zeros(3), np.array([0.3, 0.0, 0.0])
-    lifts = [funnel.goal(goal, tip)[2] for _ in range(35)]  # the tip stays where it is
-    assert lifts[0] == lifts[9] == 0.16 and sorted(set(lifts)) == [0.02, 0.04, 0.08, 0.16]
+    answers = [funnel.goal(goal, tip) for _ in range(300)]  # the tip stays where it is
+    first = next(i for i, answer in enumerate(answers) if answer is None)
+    lifts = [answer[2] for answer in answers[:first]]
+    assert lifts[0] == lifts[9] == 0.16 and sorted(set(lifts)) == [0.01, 0.02, 0.04, 0.08, 0.16]
+    back = [i for i, answer in enumerate(answers) if answer is None]
+    assert back == list(range(first, first + len(back))) and len(back) == 39, "once, for two seconds"
+    assert answers[back[-1] + 1][2] == 0.16, "and then from above once more"
     coming = Funnel(Approach(0.16, 0.04), 0.05)
     assert all(coming.goal(goal, tip * (1 - 0.02 * i))[2] == 0.16 for i in range(20)), "it comes nearer"
     assert funnel.goal(np.array([0, 0.2, 0]), tip)[2] == 0.16
+
+
+def test_who_is_at_the_goal_does_not_draw_back():
+    funnel, goal = Funnel(Approach(0.16, 0.04), 0.05), np.zeros(3)
+    assert all(funnel.goal(goal, np.array([0.01, 0.0, 0.01])) is not None for _ in range(200))

@@ -13,6 +13,8 @@ from safetensors import safe_open
 from deeprob_perception import engines
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.policy.leap import RATE, History, LeapPolicy, next_target
+from deeprob_perception.policy.loop import ControlLoop
+from deeprob_perception.policy.safety import Bound, limits_of
 from deeprob_perception.robots import Robot, parse, read
 
 HANDS = ("001", "004", "139", "142", "193", "235", "590", "633")
@@ -107,6 +109,23 @@ def test_a_reset_fills_the_history_with_the_measured_state_and_restarts_the_phas
         sent = np.array([start, *(command.positions for command in commands)])
         np.testing.assert_allclose(last[:, 18:24], sent[1:7].T, atol=1e-6)  # the last one is what the sixth step asked for
     assert not heard.tokens[0][4:].any(), "padding has features"
+
+
+def test_a_look_at_the_self_model_leaves_no_trace_in_the_history(engine):
+    def first_tokens(looks: int) -> np.ndarray:
+        robot = Robot(parse(hand()))
+        policy = LeapPolicy(engine, robot)
+        limits = limits_of(robot, RATE, Bound(2.0, 0.5), Bound(0, 0), Bound(0.1, 0.02), Bound(0.5, 0.1))
+        loop = ControlLoop(robot, policy, limits, 0.2, 1.0)
+        positions = np.full(len(robot.joint_names), 0.3)
+        loop.readings.add(robot.joint_names, positions, 0.0, 0.0)
+        for _ in range(looks):
+            loop.look(0.0)
+            assert not loop.look_failure
+        assert loop.enable(0.0) == "" and loop.step(0.0) is not None
+        return policy._tokens.copy()
+
+    np.testing.assert_array_equal(first_tokens(0), first_tokens(3))
 
 
 def test_targets_go_on_from_the_target_until_told_what_was_commanded(engine):

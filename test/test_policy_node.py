@@ -154,7 +154,8 @@ def process(tmp_path_factory):
     folder = tmp_path_factory.mktemp("policy")
     model = reach_model(folder / "tiny.onnx")
     process = policy_node(folder / "log", model=model, tip="tool", cache_dir=folder / "cache",
-                          max_velocity=pair(1.0, 0.2), max_gap=pair(0.06, 0.03))  # fmt: skip
+                          max_velocity=pair(1.0, 0.2), max_gap=pair(0.06, 0.03),
+                          max_age=1.0)  # fmt: skip  # a busy machine may be silent for some tenths of a second
     yield process
     assert process.alive, process.output
     assert process.stop() == 0, process.output
@@ -182,14 +183,17 @@ def test_it_is_disarmed_until_enabled_then_reaches_the_goal_within_the_limits_an
     assert arm.values("output")["state"] == "disarmed" and not arm.commands
     assert arm.enable().success
     arm.until(lambda: np.linalg.norm(tip(arm.q) - arm.goal) < 1e-3, "the tip at the goal")
-    arm.fresh_diagnostics()
-    assert arm.values("output")["state"] == "moving" and arm.refused("step_limit") > 0
+    arm.until(lambda: arm.values("output")["state"] == "moving" and arm.refused("step_limit"), "diagnostics of the motion")
     assert arm.values("input")["joints"] == " ".join(JOINTS) and arm.values("input")["other_joints"] == "gripper"
     assert float(arm.values("output")["step_p99_ms"]) > 0
     # The test's self-model puts all joints at the root: the farthest one is as far off as it is from there.
     robot = Robot(parse(urdf()), None, "tool")
-    truth = np.linalg.norm(robot.forward_kinematics(arm.q)[:, :3, 3], axis=-1).max() * 1e3
-    assert float(arm.values("model")["self_model_error_mm"]) == pytest.approx(truth, abs=1.0)
+
+    def off() -> float:  # diagnostics come once a second, and the last millimetres take a while
+        truth = np.linalg.norm(robot.forward_kinematics(arm.q)[:, :3, 3], axis=-1).max() * 1e3
+        return abs(float(arm.values("model")["self_model_error_mm"]) - truth)
+
+    arm.until(lambda: off() < 1.0, "the self-model's error in diagnostics")
     assert "is the URDF this robot's" in arm.status["model"].message
 
 
@@ -204,7 +208,7 @@ def test_disarmed_in_motion_it_comes_to_rest_where_it_is(arm):
 def test_it_holds_when_joint_states_stop_and_goes_on_when_they_come_back(arm):
     arm.move()
     arm.speaks = False
-    arm.holds("s old (max_age is 0.2 s)")
+    arm.holds("s old (max_age is 1 s)")
     assert arm.refused("joint_stale") > 0 and not arm.commands[-1][1].any()
     seen = len(arm.commands)
     arm.speaks = True

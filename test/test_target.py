@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 
 from deeprob_perception.errors import TargetError
 from deeprob_perception.robots import Robot, parse
-from deeprob_perception.target import CameraMount, Intrinsics, Steady, largest_component, locate, metres, pose_of
+from deeprob_perception.target import CameraMount, Intrinsics, Steady, components, locate, metres, pose_of
 
 CAMERA = Intrinsics(fx=100.0, fy=120.0, cx=31.5, cy=23.5, width=64, height=48)
 
@@ -70,9 +70,23 @@ def test_the_largest_of_several_objects_is_taken_and_diagonal_pixels_belong_toge
     labels, _ = scene(slice(2, 6), slice(2, 8))
     labels[30:40, 30:40] = 3
     labels[40:42, 40:42] = 3
-    box, mask, pixels = largest_component(labels, 3)
-    assert pixels == 104 == mask.sum() and box == (30, 30, 12, 12)
-    assert largest_component(labels, 5)[2] == 0
+    (box, mask, pixels), (_, _, less) = components(labels, 3)
+    assert pixels == 104 == mask.sum() and box == (30, 30, 12, 12) and less == 24
+    assert not list(components(labels, 5))
+
+
+def test_what_is_refused_gives_way_to_the_next_largest_and_the_reason_is_the_largest_ones() -> None:
+    labels, depth = scene(slice(30, 40), slice(30, 42), z=1.5)
+    labels[4:12, 4:12] = 3  # smaller, and nearer
+    depth[4:12, 4:12] = 0.5
+    labels[0:2, 60:62] = 3  # too small to count
+    near = locate(labels, 3, depth, CAMERA, refusal=lambda place: "is too far" if place[2] > 1 else "")
+    assert near.box == (4, 4, 8, 8) and near.position[2] == pytest.approx(0.5)
+    assert locate(labels, 3, depth, CAMERA).box == (30, 30, 12, 10)
+    with pytest.raises(TargetError, match=r"^the mug in view is at 1\.5$"):
+        locate(labels, 3, depth, CAMERA, name="mug", refusal=lambda place: f"is at {place[2]:.1f}")
+    depth[30:40, 30:42] = 0  # the largest without depth: the next one
+    assert locate(labels, 3, depth, CAMERA).box == (4, 4, 8, 8)
 
 
 @pytest.mark.parametrize(

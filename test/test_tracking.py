@@ -82,25 +82,28 @@ def iou(a: np.ndarray, b: np.ndarray) -> float:
 # Masks ----------------------------------------------------------------------------------------------------------------
 
 
-@given(st.integers(0, 2**32 - 1), st.integers(1, 4), st.integers(1, 9), st.integers(1, 12), st.integers(1, 8))
+@given(st.integers(0, 2**32 - 1), *(st.integers(1, most) for most in (3, 4, 9, 12, 8)))
 @settings(max_examples=60, deadline=None)
-def test_the_largest_of_groups_are_the_largest_of_all(seed, rows, groups, size, count):
-    values = np.random.default_rng(seed).normal(size=(rows, groups, size)).astype(np.float32)
-    where, found = top_of_groups(values, count)
-    flat = values.reshape(rows, -1)
-    assert np.array_equal(found, -np.sort(-flat, axis=1)[:, : min(count, flat.shape[1])])
+def test_the_largest_of_groups_are_the_largest_of_all(seed, batch, columns, groups, size, count):
+    rng = np.random.default_rng(seed)
+    values = rng.normal(size=(batch, size, groups, columns)).astype(np.float32)
+    less = rng.normal(size=(groups, columns)).astype(np.float32)
+    where, found = top_of_groups(values, less, count)
+    flat = (values + less).reshape(batch, -1, columns).transpose(0, 2, 1).reshape(batch * columns, -1)
+    assert np.array_equal(found, -np.sort(-flat)[:, : min(count, flat.shape[1])])
     assert np.array_equal(np.take_along_axis(flat, where, 1), found)
 
 
-def test_propagation_equals_its_definition():
-    """Against a loop over all patches, with two objects and a neighbourhood that the border cuts."""
+@pytest.mark.parametrize("threads", [1, 3])
+def test_propagation_equals_its_definition(threads):
+    """Against a loop over all patches, with two objects and a neighbourhood that the border cuts, for more frames than stay."""
     rng = np.random.default_rng(4)
-    frames = rng.normal(size=(4, 9, 11, 6)).astype(np.float32)
+    frames = rng.normal(size=(6, 9, 11, 6)).astype(np.float32)
     frames /= np.linalg.norm(frames, axis=-1, keepdims=True)
     mask = np.zeros((90, 110), np.uint8)
     mask[20:50, 30:60], mask[50:80, 70:90] = 1, 2
     propagation = Propagation(context=2, radius=0.35, top_k=3, temperature=0.2)
-    tracker = MaskTracker(propagation)
+    tracker = MaskTracker(propagation, threads)
     tracker.seed(frames[0], mask)
     one_hot = [cv2.resize((mask == i).astype(np.float32), (11, 9), interpolation=cv2.INTER_AREA) for i in (1, 2)]
     context = [(frames[0], np.dstack([1 - sum(one_hot), *one_hot]))]

@@ -56,7 +56,7 @@ rendering() {
     draws "$1" && return
     apt_install "off-screen rendering with EGL (MuJoCo)" libegl1 libgl1-mesa-dri || true
     draws "$1" && return
-    say "off-screen rendering does not work here: the tests that render are skipped"
+    say "off-screen rendering does not work here: the closed loop and the tests that render are left out"
     return 1
 }
 

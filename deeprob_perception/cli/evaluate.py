@@ -279,6 +279,7 @@ def closed_loop(
     seconds: Annotated[float, typer.Option(min=1, help="That the arm has for one.")] = 20.0,
     seed: Annotated[int, typer.Option(min=0, help="The first cell.")] = 0,
     model: Annotated[str, typer.Option(help="Segmentation: a model's name or an .onnx file.")] = "tabletop",
+    approach: Annotated[float, typer.Option(min=0, help="From how high above goals are come to, m; 0: straight.")] = 0.15,
     out: Annotated[Path, typer.Option(help="Folder for the nodes' logs.")] = Path("out/eval_closed_loop"),
     json_file: Annotated[Path | None, typer.Option("--json", help="Write the episodes to this file.")] = None,
 ) -> None:
@@ -289,6 +290,7 @@ def closed_loop(
 
     console = Console()
     options = loop.Options(out, episodes, robot, tip, tuple(kinds.split(",")), seconds, seed, model)
+    options.policy_options["approach_height"] = str(float(approach))
     found = []
     for episode in loop.episodes(options, console):
         loop.show(episode, console)

@@ -86,7 +86,7 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
                     raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
                                           f"{process.last_words()} (log: {process.log})")
 
-        nodes = {name: Diagnostics(name) for name in ("segmentation", "target", "policy")}
+        nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
         follow(begin("watch", "deeprob_perception.nodes.watch", piped=True), list(nodes.values()))
         recorder = None
         if record is not None:
@@ -98,7 +98,8 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
         begin("segmentation", "deeprob_perception.nodes.segmentation", *ros(
             {"model": str(model), "backend": options.backend, "image_transport": "compressed"}, {"image": CAMERA}))
         begin("target", "deeprob_perception.nodes.target", *ros(
-            {f"qos_overrides.{DEPTH}.subscription.reliability": "reliable"},  # the cell's is, and no depth image may get lost
+            {"bounds": "[-1.2, -1.2, -0.05, 1.2, 1.2, 0.6]",  # on the table, not on the floor behind it
+             f"qos_overrides.{DEPTH}.subscription.reliability": "reliable"},  # the cell's is, and no depth image may get lost
             {"mask": MASK, "label_info": LABELS, "depth": DEPTH, "camera_info": INFO}))  # fmt: skip
         begin("policy", "deeprob_perception.nodes.policy", *ros(
             {"model": str(policy), "tip": options.tip or "tool", **options.policy_options}, {"goal": GOAL}))

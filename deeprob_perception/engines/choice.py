@@ -8,7 +8,6 @@ back end on every machine (replay in a CI, say) names it.
 
 import json
 import logging
-import os
 import time
 from collections.abc import Callable, Mapping
 from importlib.metadata import PackageNotFoundError, version
@@ -19,7 +18,7 @@ import numpy as np
 
 from deeprob_perception.engines import store
 from deeprob_perception.engines.engine import Engine
-from deeprob_perception.engines.host import processor_name
+from deeprob_perception.engines.host import cores, processor_name
 from deeprob_perception.engines.model_file import ModelFile
 from deeprob_perception.errors import EngineError, ModelError
 
@@ -95,8 +94,7 @@ def measure(engine: Engine) -> float:
 
 def _key(model: ModelFile, names: list[str], precision: str, threads: int) -> str:
     """Name the measurement by all that it depends on."""
-    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    facts = {"processor": processor_name(), "cores": cores, "threads": threads, "precision": precision}
+    facts = {"processor": processor_name(), "cores": cores(), "threads": threads, "precision": precision}
     return store.key(model.path.stem, model=model.sha256, versions={name: _version(name) for name in names}, **facts)
 
 

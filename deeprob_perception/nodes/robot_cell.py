@@ -13,6 +13,8 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import CameraInfo, CompressedImage, Image, JointState
@@ -24,6 +26,8 @@ from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, make_header, serialize
 from deeprob_perception.messages.images import make_compressed, make_image
 from deeprob_perception.nodes.base import LATCHED, OUTPUT
+from deeprob_perception.nodes.diagnosis import Level
+from deeprob_perception.nodes.diagnostics import PERIOD
 from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.sim.arms import ARMS, TOOL
@@ -72,16 +76,20 @@ class RobotCellNode(PerceptionNode):
         self._subscription: Any = None
         self._timers_: list[Any] = []
         self._started = 0.0
+        self.failure = ""
         self.create_service(Trigger, "~/next", self._on_next)
+        self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
+        self.create_timer(PERIOD, self._diagnose, clock=Clock(clock_type=ClockType.STEADY_TIME))
 
     # Configure --------------------------------------------------------------------------------------------------------
 
     def on_configure(self, state: Any) -> TransitionCallbackReturn:
-        self._seed = self.settings["seed"]
+        self._seed, self.failure = self.settings["seed"], ""
         try:
             cell = self._build()
         except PerceptionError as error:
-            self.get_logger().error(f"not configured: {error}")
+            self.failure = f"not configured: {error}"
+            self.get_logger().error(self.failure)
             return FAILURE
         create = self.create_lifecycle_publisher
         self._outputs = {
@@ -237,6 +245,20 @@ class RobotCellNode(PerceptionNode):
             "beyond_position": follower.beyond_position, "beyond_velocity": follower.beyond_velocity,
             "saturated": follower.saturated, "lowest": round(cell.lowest, 4) if np.isfinite(cell.lowest) else None,
         })))  # fmt: skip
+
+    def _diagnose(self) -> None:
+        """Say which cell this is, or why there is none, as `robot_cell: model`."""
+        cell = self.cell
+        told = self.failure or (f"cell {self._seed}: {cell.robot.name}" if cell is not None else self.state())
+        values = {} if cell is None else {"seed": str(self._seed), "robot": cell.robot.name, "target": cell.target,
+                                          "refused_trajectories": str(cell.follower.refused)}  # fmt: skip
+        message = DiagnosticArray()
+        message.header.stamp = self.get_clock().now().to_msg()
+        message.status = [DiagnosticStatus(
+            level=bytes([Level.ERROR if self.failure else Level.OK]), message=told,
+            name=f"{self.get_fully_qualified_name().lstrip('/')}: model",
+            values=[KeyValue(key=key, value=value) for key, value in values.items()])]  # fmt: skip
+        self._diagnostics.publish(message)
 
     # Deactivate, clean up ---------------------------------------------------------------------------------------------
 

@@ -57,6 +57,9 @@ SETTINGS = (
     Setting("median_seconds", 2.0, "Older positions do not count.", live=True, between=(0.0, 60.0)),
     Setting("minimum_pixels", 30, "Pixels with depth that an object has at least.", live=True, between=(1, 10**6)),
     Setting("border", 1, "Pixels that the mask is shrunk by: its edge is least certain.", live=True, between=(0, 20)),
+    Setting("bounds", [0.0], "x, y, z from and to (6 numbers, m, in base_frame) that an object is within; [0.0]: anywhere."),
+    Setting("max_jump", 0.15, "m; for median_seconds an object is looked for so near to where it was, at most; 0: anywhere.",
+            live=True, between=(0.0, 100.0)),
     Setting("offset", [0.0] * 3, "m, added to the goal in base_frame: above the object, say."),
     Setting("stale_after", 1.0, "Seconds without a goal before a warning.", live=True, between=(0.01, 3600.0)),
 )  # fmt: skip
@@ -106,6 +109,9 @@ class TargetNode(PerceptionNode):
             offset = np.array(settings["offset"], float)
             if offset.shape != (3,) or not np.isfinite(offset).all():
                 raise TargetError(f"offset is {list(settings['offset'])}; give x, y, z in metres")
+            bounds = list(settings["bounds"])
+            if bounds != [0.0] and (len(bounds) != 6 or not all(a < b for a, b in zip(bounds[:3], bounds[3:], strict=True))):
+                raise TargetError(f"bounds is {bounds}; give x, y, z from, then x, y, z to, in metres, or [0.0]")
             if settings["camera_pose_from"] == "parameter":
                 self._given = pose_of(settings["camera_pose"])
                 if not settings["base_frame"] and not settings["robot_file"]:
@@ -243,8 +249,14 @@ class TargetNode(PerceptionNode):
         frame = settings["camera_frame"] or mask.header.frame_id
         pose, base = self._pose(frame)
         depth = metres(to_array(deserialize(depth_raw, self._depth_type)))
-        seen = locate(to_array(mask), class_id, depth, self.intrinsics, settings["minimum_pixels"], settings["border"], sought)
         self._steady.frames, self._steady.seconds = settings["median_frames"], settings["median_seconds"]
+        last = self._steady.last(stamp)
+
+        def refusal(position: np.ndarray) -> str:
+            return self._refusal(pose[:3, :3] @ position + pose[:3, 3], last)
+
+        seen = locate(to_array(mask), class_id, depth, self.intrinsics, settings["minimum_pixels"], settings["border"], sought,
+                      refusal)
         found = self._steady.add(stamp, pose[:3, :3] @ seen.position + pose[:3, 3]) + np.array(settings["offset"])
         message = PointStamped()
         message.header.stamp.sec, message.header.stamp.nanosec = divmod(stamp, 10**9)
@@ -255,6 +267,16 @@ class TargetNode(PerceptionNode):
         self.last, self.goal, self.goal_at, self.reason, self.in_a_row = seen, found, monotonic(), "", 0
         self.times.add((perf_counter() - started) * 1e3)
         self.delays.add((self.get_clock().now().nanoseconds - stamp) / 1e6)
+
+    def _refusal(self, place: np.ndarray, last: np.ndarray | None) -> str:
+        """Return why what is at a place `[3]` (m, base frame) cannot be the object, or ""."""
+        bounds = np.array(self.settings["bounds"])
+        if len(bounds) == 6 and not ((place >= bounds[:3]) & (place <= bounds[3:])).all():
+            return f"is at {place.round(2).tolist()}, outside bounds"
+        jump = self.settings["max_jump"]
+        if jump and last is not None and (far := float(np.linalg.norm(place - last))) > jump:
+            return f"is {far:.2f} m from where it was just now (max_jump is {jump:g} m)"
+        return ""
 
     def _class_fault(self, value: str) -> str:
         if not value or self._names is None or value.isdecimal() or value in self._names:

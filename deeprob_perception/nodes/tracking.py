@@ -61,7 +61,8 @@ class TrackingNode(CameraNode):
 
     def load(self) -> None:
         engine = self.open_engine()
-        tracker = Tracker(engine, Following(count=self.settings["points"], spacing=self.settings["spacing"]))
+        following = Following(count=self.settings["points"], spacing=self.settings["spacing"])
+        tracker = Tracker(engine, following, threads=self.settings["threads"])
         self._facts = {
             "name": engine.metadata["name"],
             "path": str(engine.path),

@@ -9,6 +9,9 @@ import numpy as np
 SLOPE = 2.0  # m of height for each m beside the goal
 PATIENCE = 0.5  # seconds without coming nearer by PROGRESS, after which the funnel gets lower by half
 PROGRESS = 0.003  # m
+RETREAT = 2.0  # seconds
+LOWEST = 0.01  # m: a funnel that is not higher is none
+THERE = 0.03  # m: who is so near has not got stuck
 ANOTHER = 0.05  # m: a goal that is so far from the last one is another
 
 
@@ -29,31 +32,46 @@ class Approach:
 
 
 class Funnel:
-    """An approach under way. Where the arm cannot follow it, as the point above is out of reach, it gets lower and lower."""
+    """An approach under way.
+
+    Where the arm cannot follow it, as the point above is out of reach, it gets lower and lower. An arm that has got stuck all
+    the same, at its joints' limits, draws back once for each goal, for RETREAT seconds, and comes another way.
+    """
 
     def __init__(self, approach: Approach, period: float):
         """:param period: of control, seconds."""
         self._approach = approach
-        self._patience = max(1, round(PATIENCE / period))
+        self._patience, self._retreat = max(1, round(PATIENCE / period)), round(RETREAT / period)
         self.reset()
 
     def reset(self) -> None:
         """Begin anew, at full height."""
         self._share, self._nearest, self._stalled = 1.0, math.inf, 0
         self._last: np.ndarray | None = None
+        self._retreated = 0  # steps
 
-    def goal(self, goal: np.ndarray, tip: np.ndarray) -> np.ndarray:
-        """Return where to go in this step, `[3]`, m, in the root's frame. :param tip: where it is, `[3]`."""
+    def goal(self, goal: np.ndarray, tip: np.ndarray) -> np.ndarray | None:
+        """Return where to go in this step, `[3]`, m, in the root's frame, or None to draw back.
+
+        :param goal: `[3]`. :param tip: where it is, `[3]`.
+        """
         if self._last is None or math.dist(goal, self._last) > ANOTHER:
             self.reset()
         self._last = np.array(goal)
+        if 0 < self._retreated < self._retreat:
+            self._retreated += 1
+            return None
         lift = self._share * self._approach.lift(math.hypot(goal[0] - tip[0], goal[1] - tip[1]))
         there = np.array([goal[0], goal[1], goal[2] + lift])
         distance = math.dist(there, tip)
         if distance < self._nearest - PROGRESS:
             self._nearest, self._stalled = distance, 0
-        elif lift > 0:
+        else:
             self._stalled += 1
-            if self._stalled >= self._patience:
-                self._share, self._nearest, self._stalled = 0.5 * self._share, math.inf, 0
+        if self._stalled >= self._patience:
+            self._nearest, self._stalled = math.inf, 0
+            if lift > LOWEST:
+                self._share *= 0.5
+            elif not self._retreated and math.dist(goal, tip) > THERE:
+                self._share, self._retreated = 1.0, 1
         return there

@@ -7,6 +7,7 @@ hardware, the simulator's ways are kept: a reset fills the joints' history with 
 """
 
 import math
+from copy import copy
 
 import numpy as np
 
@@ -95,6 +96,7 @@ class LeapPolicy:
         """Start anew from the measured positions `[n]`: they are the targets too, and the phase starts again."""
         self._target = np.array(positions, np.float64)
         self._step = 0
+        self._history = copy(self._history)  # what is pushed from now on is not seen by a copy of this policy
 
     def act(self, positions: np.ndarray, goal: np.ndarray | None = None) -> Command:
         """Return the next step from the measured positions `[n]`, rad; a goal means nothing here."""

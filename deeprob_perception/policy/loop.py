@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """One robot under one policy: readings and goal in, setpoints out, a step a control period. No clock, no ROS."""
 
+from copy import copy
 from dataclasses import dataclass
 from functools import cached_property
 from time import perf_counter
@@ -92,7 +93,7 @@ class ControlLoop:
         try:
             if not started:  # a history with a gap in it would be none
                 self.policy.reset(readings.positions)
-            command = self._act(readings.positions)
+            command = self._act(self.policy, readings.positions)
         except Exception as error:  # whatever a back end throws: the robot holds
             safety.hold("policy_failed", f"the policy failed: {describe(error)}")
             return safety.take_halt()
@@ -113,8 +114,9 @@ class ControlLoop:
             return
         self.look_failure = ""
         try:
-            self.policy.reset(readings.positions)
-            self._act(readings.positions)
+            policy = copy(self.policy)  # a look leaves no trace in the policy's memory
+            policy.reset(readings.positions)
+            self._act(policy, readings.positions)
         except Exception as error:
             self.look_failure = f"the policy failed: {describe(error)}"
 
@@ -131,9 +133,9 @@ class ControlLoop:
         self.safety.anchor(readings.positions)
         return ""
 
-    def _act(self, positions: np.ndarray) -> Command:
+    def _act(self, policy: Policy, positions: np.ndarray) -> Command:
         with np.errstate(invalid="ignore", over="ignore"):  # a NaN is refused by name, not warned of by numpy
-            command = self.policy.act(positions, self.goal.position)
+            command = policy.act(positions, self.goal.position)
         if command.joint_positions is not None and np.isfinite(command.joint_positions).all():
             self.self_model = SelfModel(self.robot, positions.copy(), command.joint_positions)
         return command

@@ -50,6 +50,9 @@ class ReachPolicy:
         taken = {spec.name for spec in engine.inputs}
         self._inputs = {name: array for name, array in told.items() if name in taken}
         self._count = len(robot.joint_names)
+        bounded = np.isfinite(robot.lower) & np.isfinite(robot.upper)
+        lower, upper = (np.where(bounded, limit, 0.0) for limit in (robot.lower, robot.upper))
+        self._middle = (lower + upper) / 2  # where a retreat goes
         self._tokens = np.zeros((1, slots, TOKEN), np.float32)  # those of padding stay zero
         self._wanted = tuple(spec.name for spec in engine.outputs)
 
@@ -65,8 +68,10 @@ class ReachPolicy:
         """
         positions = np.asarray(positions, np.float64)
         state = positions.astype(np.float32).reshape(1, 1, -1)
+        back = False
         if goal is not None and self._funnel is not None:
-            goal = self._funnel.goal(goal, self.robot.forward_kinematics(positions, [self.tip])[0, :3, 3])
+            there = self._funnel.goal(goal, self.robot.forward_kinematics(positions, [self.tip])[0, :3, 3])
+            goal, back = (goal, True) if there is None else (there, False)
         there = np.zeros((1, 1, 3), np.float32) if goal is None else np.asarray(goal, np.float32).reshape(1, 1, 3)
         told, seen = tokens(self._batch, self._constant, state, there)
         self._tokens[0, : self._count] = told[0, 0]
@@ -76,6 +81,10 @@ class ReachPolicy:
             believed = found["forward_kinematics"][0, : self._count].astype(np.float64) * float(self._batch.reach[0])
         if goal is None:
             return Command(positions.copy(), np.zeros(self._count), believed)
+        if back:
+            most = self._batch.velocity[0] * self._period
+            after = positions + np.clip(self._middle - positions, -most, most)
+            return Command(after, (after - positions) / self._period, believed)
         action = found["action"][:, None, : self._count] * SCALE
         after = expert.step(self._batch, action, seen.offset, state, self._period)[0, 0].astype(np.float64)
         after = np.clip(after, np.minimum(positions, self.robot.lower), np.maximum(positions, self.robot.upper))

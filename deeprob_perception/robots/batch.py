@@ -62,10 +62,11 @@ class RobotBatch:
         robots, states, joints = positions.shape
         rotations = np.empty((robots, states, joints, 3, 3), np.float32)
         places = np.empty((robots, states, joints, 3), np.float32)
-        sine, cosine = np.sin(positions), np.cos(positions)
+        turns = self._turns(positions)
+        slides = np.where(self.prismatic[:, None], positions, 0)[..., None] * self.axes[:, None]  # [R, S, n, 3]
+        sliding = np.any(self.prismatic, axis=0).tolist()
         rows = np.arange(robots)
         for i in range(joints):
-            turn = self._turn(i, sine[:, :, i], cosine[:, :, i])  # [R, S, 3, 3]
             origin, shift = self.origins[:, None, i, :3, :3], self.origins[:, None, i, :3, 3]
             before = self.parent[:, i]
             if (before < 0).all():
@@ -77,21 +78,28 @@ class RobotBatch:
                 carrier[free], at[free] = np.eye(3), 0
                 places[:, :, i] = at + (carrier @ shift[..., None])[..., 0]
                 rotations[:, :, i] = carrier @ origin
-            slide = (self.prismatic[:, i, None] * positions[:, :, i])[..., None] * self.axes[:, None, i]
-            places[:, :, i] += (rotations[:, :, i] @ slide[..., None])[..., 0]
-            rotations[:, :, i] = rotations[:, :, i] @ turn
+            if sliding[i]:
+                places[:, :, i] += (rotations[:, :, i] @ slides[:, :, i, :, None])[..., 0]
+            rotations[:, :, i] = rotations[:, :, i] @ turns[:, :, i]
         return rotations, places
 
-    def _turn(self, joint: int, sine: np.ndarray, cosine: np.ndarray) -> np.ndarray:
-        """Return Rodrigues' rotation of one joint, `[R, S, 3, 3]`; the identity of those that slide."""
-        axis, fixed = self.axes[:, joint], self.prismatic[:, joint]
-        x, y, z = axis.T
+    def _turns(self, positions: np.ndarray) -> np.ndarray:
+        """Return Rodrigues' rotations of all joints, float32 `[R, S, n, 3, 3]`; the identity of those that slide."""
+        angles = np.where(self.prismatic[:, None], 0, positions)[..., None, None]
+        cosine = np.cos(angles)
+        return cosine * np.eye(3, dtype=np.float32) + np.sin(angles) * self._cross + (1 - cosine) * self._outer
+
+    @cached_property
+    def _cross(self) -> np.ndarray:
+        """Return the matrices of the axes' cross products, float32 `[R, 1, n, 3, 3]`."""
+        x, y, z = np.moveaxis(self.axes, -1, 0)
         zero = np.zeros_like(x)
-        cross = np.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(-1, 1, 3, 3)
-        sine = np.where(fixed[:, None], 0, sine)[..., None, None]
-        cosine = np.where(fixed[:, None], 1, cosine)[..., None, None]
-        outer = axis[:, None, :, None] * axis[:, None, None, :]
-        return cosine * np.eye(3, dtype=np.float32) + sine * cross + (1 - cosine) * outer
+        return np.stack((zero, -z, y, z, zero, -x, -y, x, zero), -1).reshape(len(self), 1, -1, 3, 3)
+
+    @cached_property
+    def _outer(self) -> np.ndarray:
+        """Return the outer products of the axes with themselves, float32 `[R, 1, n, 3, 3]`."""
+        return self.axes[:, None, :, :, None] * self.axes[:, None, :, None, :]
 
     def tips(self, rotations: np.ndarray, places: np.ndarray) -> np.ndarray:
         """Return where the tips are in the roots' frames, `[R, S, 3]`, of what `poses` returned."""

@@ -32,7 +32,8 @@ _TIMESTEP = 0.004
 _SETTLE = 100  # steps
 _POSES = 4000  # drawn to find one that fits
 _LOW = 0.02, 0.08  # m above the table: the tool where the object goes
-_CLEAR, _CLEAR_START = 0.05, 0.15  # m above the table: the joints over the object, and at the start; few things are higher
+_CLEAR = 0.05  # m above the table: the joints of a robot whose tool is where the object goes
+_START = 0.15, 0.2  # m, or share of a small robot's length: the same of one that starts, and its tool; few things are higher
 _AWAY = 0.2  # m from the robot's base, and from the start to the object
 _VIEWS = 40  # cameras that are tried
 _VISIBLE = 1e-3  # share of the picture that the object takes at least
@@ -94,7 +95,7 @@ class Cell:
         base, yaw = stand(self.room, rng)
         self._base = pose_at(base, yaw)
         skeleton.add_robot(spec, urdf, wish.tool, base, yaw, finishes(materials, rng))
-        start, place = self._start_and_place(rng, wish.tool)
+        start, place = self._start_and_place(rng, wish.tool, skeleton.length_to(urdf, wish.tool))
         factory = ObjectFactory(spec, materials, rng)
         self.target = factory.add(wish.kind, np.array([*place, self.room.table_top]))
         others = [kind for kind in OBJECTS if kind != wish.kind]
@@ -184,7 +185,7 @@ class Cell:
 
     # Building ---------------------------------------------------------------------------------------------------------
 
-    def _start_and_place(self, rng: np.random.Generator, tool: str) -> tuple[np.ndarray, np.ndarray]:
+    def _start_and_place(self, rng: np.random.Generator, tool: str, length: float) -> tuple[np.ndarray, np.ndarray]:
         """Draw the joints' positions to start at, `[n]`, and where on the table the object goes, `[2]`, m."""
         robot = self.robot
         low, high = np.maximum(robot.lower, -np.pi), np.minimum(robot.upper, np.pi)
@@ -203,9 +204,10 @@ class Cell:
                                   f"rest of the robot above it, {_AWAY} m from its base at least")
         end = ends[0]
         far = np.linalg.norm(tips - tips[end], axis=1) > _AWAY
-        starts = np.flatnonzero((lowest > _CLEAR_START) & far & (tips[:, 2] > _CLEAR_START))
+        high = min(_START[0], _START[1] * length)
+        starts = np.flatnonzero((lowest > high) & far & (tips[:, 2] > high))
         if not len(starts):
-            raise SimulationError(f"in {_POSES} random poses, {robot.name!r} was never above the table by {_CLEAR_START} m, "
+            raise SimulationError(f"in {_POSES} random poses, {robot.name!r} was never above the table by {high:.2f} m, "
                                   f"its {tool!r} too")
         return drawn[starts[0]], world[end, :2]
 

@@ -96,7 +96,7 @@ def add_robot(
     for link, body in bodies.items():
         ends_here = [(joint.origin[:3, 3], joint.child) for joint in children.get(link, ())]
         if not ends_here and link != tip:  # a finger, say: which way it points no URDF tells
-            ends_here = [(np.array([0, 0, radius_at(link) * 2.5]), "")]
+            ends_here = [(np.array([0, 0, radius_at(link) * 1.2]), "")]
         for end, child in ends_here:
             radius, length = radius_at(link) * 0.85, float(np.linalg.norm(end))
             if length <= _SHORT:

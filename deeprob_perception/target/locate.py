@@ -5,7 +5,9 @@ The point is the centroid of the surface that the camera sees: what is behind it
 of REP 118 (16UC1 in mm, 32FC1 in m, along the optical axis), the frame is REP 103's (x right, y down, z forward).
 """
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from itertools import islice
 
 import cv2
 import numpy as np
@@ -15,6 +17,7 @@ from deeprob_perception.errors import TargetError
 # A pixel at an object's edge may show what is behind it, and a stereo camera invents values there: what lies farther from the
 # component's median depth than this is left out. 3 robust standard deviations, but never less than an object's own depth.
 OUTLIER = 3.0 * 1.4826
+MOST = 8  # components that are looked at
 SLACK = 0.06  # m; the largest thing on our table is 0.13 m deep
 
 
@@ -70,42 +73,55 @@ def metres(depth: np.ndarray) -> np.ndarray:
         return np.where(np.isfinite(depth) & (depth > 0), depth, np.float32(np.nan))
 
 
-def largest_component(labels: np.ndarray, class_id: int) -> tuple[tuple[int, int, int, int], np.ndarray, int]:
-    """Return the bounding box, the mask within it (bool) and the number of pixels of a class's largest 8-connected component.
+def components(labels: np.ndarray, class_id: int) -> Iterator[tuple[tuple[int, int, int, int], np.ndarray, int]]:
+    """Yield a class's 8-connected components, the largest first: bounding box, the mask within it (bool), number of pixels.
 
-    :param labels: uint8 or uint16 `[H, W]`. The count is 0 where the class does not occur.
+    :param labels: uint8 or uint16 `[H, W]`.
     """
     count, numbers, stats, _ = cv2.connectedComponentsWithStats((labels == class_id).view(np.uint8), connectivity=8)
-    if count < 2:
-        return (0, 0, 0, 0), np.zeros((0, 0), bool), 0
-    index = 1 + int(stats[1:, cv2.CC_STAT_AREA].argmax())
-    left, top, width, height, area = (int(v) for v in stats[index])
-    return (left, top, width, height), numbers[top : top + height, left : left + width] == index, area
+    for index in 1 + np.argsort(-stats[1:count, cv2.CC_STAT_AREA], kind="stable"):
+        left, top, width, height, area = (int(v) for v in stats[index])
+        yield (left, top, width, height), numbers[top : top + height, left : left + width] == index, area
 
 
 def locate(
     labels: np.ndarray, class_id: int, depth: np.ndarray, intrinsics: Intrinsics, minimum_pixels: int = 30,
-    border: int = 1, name: str = "",
+    border: int = 1, name: str = "", refusal: Callable[[np.ndarray], str] | None = None,
 ) -> Sighting:  # fmt: skip
-    """Return where the largest object of a class is.
+    """Return where the largest object of a class is, of those that are not refused.
 
     :param labels: uint8 or uint16 `[H, W]`. :param depth: of the same size, as in `metres`; holes are left out.
     :param minimum_pixels: of the component, and of those with depth: fewer are more likely noise than an object.
     :param border: pixels that the component is shrunk by, where enough remain: masks are least certain at their edges.
-    :param name: of the class, for messages.
-    :raises TargetError: which says why there is no position.
+    :param name: of the class, for messages. :param refusal: why a position (`[3]`, m, camera's frame) cannot be it, or "".
+    :raises TargetError: which says why there is no position: what is wrong with the largest one.
     """
     if labels.shape != depth.shape or labels.shape != (intrinsics.height, intrinsics.width):
         raise TargetError(
             f"the sizes differ: mask {labels.shape[1]}x{labels.shape[0]}, depth {depth.shape[-1]}x{depth.shape[0]}, "
             f"camera_info {intrinsics.width}x{intrinsics.height}; publish depth that is registered to the mask's camera"
         )
-    what = name or f"class {class_id}"
-    box, mask, pixels = largest_component(labels, class_id)
-    if not pixels:
-        raise TargetError(f"no {what} in view")
-    if pixels < minimum_pixels:
-        raise TargetError(f"the largest {what} in view has {pixels} pixels; minimum_pixels is {minimum_pixels}")
+    what, reason = name or f"class {class_id}", ""
+    for box, mask, pixels in islice(components(labels, class_id), MOST):
+        if pixels < minimum_pixels:
+            reason = reason or f"the largest {what} in view has {pixels} pixels; minimum_pixels is {minimum_pixels}"
+            break
+        seen = measure(mask, box, pixels, depth, intrinsics, minimum_pixels, border)
+        wrong = f"{seen} of the {what}'s {pixels} pixels have depth; minimum_pixels is {minimum_pixels}"
+        if isinstance(seen, Sighting):
+            wrong = refusal(seen.position) if refusal is not None else ""
+            if not wrong:
+                return seen
+            wrong = f"the {what} in view {wrong}"
+        reason = reason or wrong
+    raise TargetError(reason or f"no {what} in view")
+
+
+def measure(
+    mask: np.ndarray, box: tuple[int, int, int, int], pixels: int, depth: np.ndarray, intrinsics: Intrinsics,
+    minimum_pixels: int, border: int,
+) -> Sighting | int:  # fmt: skip
+    """Return where the object is whose mask within `box` this is; or how many of its pixels have depth, if too few."""
     left, top, width, height = box
     z = metres(depth[top : top + height, left : left + width])
     if border:
@@ -117,7 +133,7 @@ def locate(
     mask = mask & np.isfinite(z)
     measured = int(mask.sum())
     if measured < minimum_pixels:
-        raise TargetError(f"{measured} of the {what}'s {pixels} pixels have depth; minimum_pixels is {minimum_pixels}")
+        return measured
     rows, columns = np.nonzero(mask)
     values = z[rows, columns].astype(np.float64)
     off = np.abs(values - np.median(values))

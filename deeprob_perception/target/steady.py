@@ -27,6 +27,12 @@ class Steady:
             self._seen.popleft()
         return np.median([p for _, p in self._seen], axis=0)
 
+    def last(self, stamp: int) -> np.ndarray | None:
+        """Return the last position `[3]`, if it is not too old at `stamp`."""
+        if not self._seen or not 0 <= stamp - self._seen[-1][0] <= self.seconds * 1e9:
+            return None
+        return self._seen[-1][1]
+
     def clear(self) -> None:
         """Forget everything: another object is sought."""
         self._seen.clear()

@@ -8,14 +8,25 @@ patches most like it, in the frames where the objects were given and in the last
 Shapes in comments: h x w patches, C channels, K objects, T frames of context.
 """
 
-from collections import deque
+import math
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from itertools import cycle
 
 import cv2
 import numpy as np
 
+from deeprob_perception.engines.host import cores
+from deeprob_perception.tracking.blas import one_thread
+
 # Patches, in all: an object that holds less is out of sight.
 GONE = 0.5
+# Rows and columns of patches whose likeness is computed at once. Larger ones have more in reach that only some of their patches
+# may look at; smaller ones make products that are slow. Measured at 480x848 and 240x424: tools/time_tracker.py.
+TILE = (4, 4)
+ROOM = 1 << 19  # likenesses at once, in one thread: 2 MB, beyond which they leave the cache
+FAR = np.float32(-4)  # below any cosine
+MOST_THREADS = 4  # more would mostly wait for the interpreter, which they share
 
 
 @dataclass(frozen=True)
@@ -39,8 +50,13 @@ class MaskTracker:
     `ids`: of the objects, as they were given; `lost`: those that are out of sight.
     """
 
-    def __init__(self, settings: Propagation | None = None):
+    def __init__(self, settings: Propagation | None = None, threads: int = 0):
+        """:param threads: of propagation; 0 for one a core, up to `MOST_THREADS`."""
         self.settings = settings or Propagation()
+        self._threads = threads or min(MOST_THREADS, cores())
+        # This thread takes a part of the work, too.
+        self._pool = ThreadPoolExecutor(self._threads - 1, "masks") if self._threads > 1 else None
+        self._rooms = [np.empty(0, np.float32)] * self._threads  # of each, for likenesses: new memory is slow to touch
         self.reset()
 
     def reset(self) -> None:
@@ -48,14 +64,13 @@ class MaskTracker:
         self.ids: list[int] = []
         self._given: list[tuple[np.ndarray, np.ndarray]] = []  # features [h, w, C], shares [h, w, K + 1]; background first
         self._owners: list[set[int]] = []  # of each frame in `_given`, the objects that were given there last
-        self._recent: deque[tuple[np.ndarray, np.ndarray]] = deque(maxlen=self.settings.context)
+        self._shares: np.ndarray | None = None  # of the last frame
+        self._context: Context | None = None
 
     @property
     def lost(self) -> list[int]:
-        if not self._recent and not self._given:
-            return []
-        shares = (self._recent or self._given)[-1][1]
-        return [self.ids[k - 1] for k in range(1, shares.shape[-1]) if shares[..., k].sum() < GONE]
+        shares = self._shares
+        return [] if shares is None else [self.ids[k - 1] for k in range(1, shares.shape[-1]) if shares[..., k].sum() < GONE]
 
     def seed(self, features: np.ndarray, mask: np.ndarray, keep: bool = False) -> None:
         """Take objects from a mask of this frame.
@@ -70,11 +85,11 @@ class MaskTracker:
         given = np.stack([
             cv2.resize((mask == i).astype(np.float32), (width, height), interpolation=cv2.INTER_AREA) for i in ids
         ], -1)  # [h, w, K]
-        if keep and self.ids:
-            now = (self._recent or self._given)[-1][1]
+        if keep and self._shares is not None:
+            now = self._shares
             new = [i for i in ids if i not in self.ids]
-            self._widen(len(new))
             self.ids = [*self.ids, *new]
+            self._given = [(f, np.pad(s, ((0, 0), (0, 0), (0, len(new))))) for f, s in self._given]
             shares = np.zeros((height, width, 1 + len(self.ids)), np.float32)
             shares[..., : now.shape[-1]] = now
             shares *= 1 - given.sum(-1, keepdims=True).clip(0, 1)
@@ -91,60 +106,52 @@ class MaskTracker:
         self._given = [(old, relabelled(old, known, features, given, columns)) for old, known in kept]
         self._given.append((features, shares))
         self._owners = [*(owners for owners in self._owners if owners), set(ids)]
-        self._recent.clear()
+        self._shares = shares
+        self._context = Context(self._given, self.settings.context)
 
     def update(self, features: np.ndarray) -> np.ndarray:
         """Carry the objects into the next frame; return their shares float32 `[h, w, K + 1]`, the background's first.
 
         :param features: float32 `[h, w, C]`, of unit length, as in the frames before.
         """
-        context = [*self._given, *self._recent]
-        shares = self._spread(features, context)
+        assert self._context is not None, "seed() comes first"
+        with one_thread():
+            shares = self._spread(features, self._context)
         for k in [k for k in range(1, shares.shape[-1]) if shares[..., k].sum() < GONE]:
             self._find_again(features, shares, k)
-        self._recent.append((features, shares))
+        self._context.add(features, shares)
+        self._shares = shares
         return shares
 
-    def _spread(self, features: np.ndarray, context: list[tuple[np.ndarray, np.ndarray]]) -> np.ndarray:
+    def _spread(self, features: np.ndarray, context: "Context") -> np.ndarray:
         """Return the shares `[h, w, K + 1]` by the votes of the most similar patches nearby."""
-        height, width, channels = features.shape
-        settings = self.settings
-        radius = max(1, round(settings.radius * min(height, width)))
+        height, width, _ = features.shape
+        radius = max(1, round(self.settings.radius * min(height, width)))
         shares = np.zeros((height, width, 1 + len(self.ids)), np.float32)
         shares[..., 0] = 1
         # Where every patch in reach is background in all of the context, so is this one: leave it out.
-        held = np.maximum.reduce([s[..., 1:].max(-1) for _, s in context]) > 0
-        if not held.any():
-            return shares
+        held = context.votes[..., 1:].max((2, 3)) > 0
         reach = 2 * radius + 1
         near = cv2.dilate(held.astype(np.uint8), np.ones((reach, reach), np.uint8))
-        high, wide = max(2, radius // 2 + 1), max(4, radius)  # of a tile: few patches out of reach, and products of some size
-        for left in range(0, width, wide):
-            right = min(width, left + wide)
-            first, last = max(0, left - radius), min(width, right + radius)
-            rows = np.flatnonzero(near[:, left:right].any(1))
-            if not len(rows):
-                continue
-            above, below = max(0, rows[0] - radius), min(height, rows[-1] + 1 + radius)
-            # [rows, T, columns, ...]: the rows in reach of a tile are one block then, without a copy for each.
-            keys = np.ascontiguousarray(np.stack([f[above:below, first:last] for f, _ in context], 1))
-            votes = np.stack([s[above:below, first:last] for _, s in context], 1)
-            beside = np.abs(np.arange(left, right)[:, None] - np.arange(first, last)) > radius
-            for top in range(rows[0], rows[-1] + 1, high):
-                bottom = min(rows[-1] + 1, top + high)
-                if not near[top:bottom, left:right].any():
-                    continue
-                start, end = max(above, top - radius), min(below, bottom + radius)
-                apart = np.abs(np.arange(top, bottom)[:, None] - np.arange(start, end)) > radius
-                far = apart[:, None, :, None] | beside[None, :, None, :]  # [tile, rows, columns]
-                far = np.where(far, np.float32(-4), np.float32(0)).reshape(-1, end - start, 1, last - first)
-                block = keys[start - above : end - above]
-                query = features[top:bottom, left:right].reshape(-1, channels)
-                likeness = query @ block.reshape(-1, channels).T  # [tile, rows * T * columns]
-                likeness = likeness.reshape(len(query), end - start, len(context), last - first)
-                likeness += far  # below any cosine
-                found = vote(likeness.reshape(len(query), -1, last - first), votes[start - above : end - above], settings)
-                shares[top:bottom, left:right] = found.reshape(bottom - top, right - left, -1)
+        high, wide = TILE
+        tile = (high + 2 * radius) * (wide + 2 * radius) * len(context.empty) * high * wide  # likenesses
+        at_once = max(1, ROOM // tile)
+        if self._rooms[0].size < at_once * tile:
+            self._rooms = [np.empty(at_once * tile, np.float32) for _ in self._rooms]
+        batches = []
+        for top in range(0, height, high):
+            lefts = [left for left in range(0, width, wide) if near[top : top + high, left : left + wide].any()]
+            batches += [(top, lefts[i : i + at_once]) for i in range(0, len(lefts), at_once)]
+        parts = [batches[i :: self._threads] for i in range(min(self._threads, len(batches)))]
+
+        def work(n: int) -> None:
+            spread_tiles(features, context, parts[n], radius, self.settings, self._rooms[n], shares)
+
+        others = [self._pool.submit(work, n) for n in range(1, len(parts))] if self._pool is not None else []
+        if parts:
+            work(0)
+        for other in others:
+            other.result()
         return shares
 
     def _find_again(self, features: np.ndarray, shares: np.ndarray, k: int) -> None:
@@ -174,11 +181,86 @@ class MaskTracker:
         shares[found] = 0
         shares[found, k] = 1
 
-    def _widen(self, count: int) -> None:
-        """Give the frames of the context shares of `count` objects more: none."""
-        more = ((0, 0), (0, 0), (0, count))
-        self._given = [(f, np.pad(s, more)) for f, s in self._given]
-        self._recent = deque(((f, np.pad(s, more)) for f, s in self._recent), self.settings.context)
+
+class Context:
+    """The frames that vote: those in which objects were given, and the last few.
+
+    A frame's features are copied once, when it comes, to where all frames' patches of one place lie side by side. What a tile
+    of patches can reach is then blocks of memory, row by row, that matrix products read without a copy.
+
+    - `keys`: features, float32 `[h, w, T, C]`; `votes`: shares, float32 `[h, w, T, K + 1]`
+    - `empty`: bool `[T]`, places for frames that have not come yet
+    """
+
+    def __init__(self, given: list[tuple[np.ndarray, np.ndarray]], recent: int):
+        """:param given: features and shares of the frames that stay. :param recent: how many others to keep."""
+        (height, width, channels), frames = given[0][0].shape, len(given) + recent
+        self.keys = np.zeros((height, width, frames, channels), np.float32)
+        self.votes = np.zeros((height, width, frames, given[0][1].shape[-1]), np.float32)
+        self.empty = np.arange(frames) >= len(given)
+        for t, (features, shares) in enumerate(given):
+            self.keys[:, :, t], self.votes[:, :, t] = features, shares
+        self._turns = cycle(range(len(given), frames)) if recent else None
+
+    def add(self, features: np.ndarray, shares: np.ndarray) -> None:
+        """Take the newest frame, in the place of the oldest of the recent ones."""
+        if self._turns is not None:
+            t = next(self._turns)
+            self.keys[:, :, t], self.votes[:, :, t], self.empty[t] = features, shares, False
+
+
+def spread_tiles(
+    features: np.ndarray, context: Context, batches: list[tuple[int, list[int]]], radius: int, settings: Propagation,
+    room: np.ndarray, shares: np.ndarray,
+) -> None:  # fmt: skip
+    """Write the shares of some tiles of a frame's patches.
+
+    :param features: of the frame, float32 `[h, w, C]`. :param batches: first row of some tiles, and the first column of each.
+    :param room: float32, to work in: at least the likenesses of the longest batch.
+    :param shares: float32 `[h, w, K + 1]`, to write to.
+    """
+    height, width, channels = features.shape
+    frames = len(context.empty)
+    high, wide = TILE
+    across = wide + 2 * radius  # columns in reach of a tile
+    patches, found, likeness = [], [], []
+    for top, lefts in batches:
+        bottom, first = min(height, top + high), np.array(lefts)
+        start, end = max(0, top - radius), min(height, bottom + radius)
+        size = (bottom - top) * wide
+        shape = (len(lefts), end - start, across * frames, size)
+        alike = room[: math.prod(shape)].reshape(shape)  # [tiles, rows, columns * T, n]
+        query = np.zeros((len(lefts), channels, bottom - top, wide), np.float32)
+        for i, left in enumerate(lefts):
+            tile = features[top:bottom, left : left + wide]
+            query[i, ..., : tile.shape[1]] = tile.transpose(2, 0, 1)
+            low, up = max(0, left - radius), min(width, left + wide + radius)
+            keys = context.keys[start:end, low:up].reshape(end - start, -1, channels)  # [rows, columns * T, C], no copy
+            inside = slice((low - left + radius) * frames, (up - left + radius) * frames)
+            np.matmul(keys, query[i].reshape(channels, size), out=alike[i, :, inside])
+            alike[i, :, : inside.start] = alike[i, :, inside.stop :] = FAR  # outside of the image
+        # Out of reach: a row of keys for some rows of the tile; a column of keys, and an empty frame, for all rows alike.
+        for row in (*range(start, bottom - radius), *range(top + radius + 1, end)):
+            alike[:, row - start, :, : max(0, row - radius - top) * wide] = FAR
+            alike[:, row - start, :, (row + radius + 1 - top) * wide :] = FAR
+        apart = np.abs(np.arange(across)[:, None] - radius - np.arange(wide)) > radius  # [columns, wide]
+        lacking = np.tile(apart[:, None] | context.empty[:, None], bottom - top)  # [columns, T, n]
+        less = np.where(lacking, FAR, np.float32(0)).reshape(-1, size)
+        where, best = top_of_groups(alike, less, settings.top_k)
+        rows, rest = np.divmod(where, across * frames)
+        corner = (start * width + first - radius) * frames  # of what is in reach, in [h, w, T]
+        column = first[:, None] + np.arange(wide)
+        whole = np.broadcast_to(column[:, None] < width, (len(lefts), bottom - top, wide)).ravel()  # tiles may stick out
+        found.append((rows * (width * frames) + rest + corner.repeat(size)[:, None])[whole])
+        likeness.append(best[whole])
+        patches.append((np.arange(top, bottom)[:, None] * width + column[:, None]).ravel()[whole])
+    weights = np.concatenate(likeness)  # [patches, top_k]
+    weights = np.exp((weights - weights[:, :1]) / settings.temperature)
+    weights /= weights.sum(1, keepdims=True)
+    # What is out of reach has no weight left; it may lie outside, where there is no patch.
+    places = np.concatenate(found).clip(0, height * width * frames - 1)
+    chosen = context.votes.reshape(-1, shares.shape[-1])[places]  # [patches, top_k, K + 1]
+    shares.reshape(-1, shares.shape[-1])[np.concatenate(patches)] = np.einsum("nk,nkc->nc", weights, chosen)
 
 
 def relabelled(
@@ -206,39 +288,37 @@ def relabelled(
     return shares
 
 
-def vote(likeness: np.ndarray, votes: np.ndarray, settings: Propagation) -> np.ndarray:
-    """Return the shares `[n, K + 1]` of patches, by the likest of the context.
-
-    :param likeness: `[n, G, S]`. :param votes: shares of the same patches, `[..., K + 1]`, G * S in all.
-    """
-    where, best = top_of_groups(likeness, settings.top_k)
-    weights = np.exp((best - best[:, :1]) / settings.temperature)
-    weights /= weights.sum(1, keepdims=True)
-    chosen = votes.reshape(-1, votes.shape[-1])[where]  # [n, top_k, K + 1]
-    return np.einsum("nk,nkc->nc", weights, chosen)
-
-
-def top_of_groups(likeness: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return where in `[n, G * S]` the largest values of `[n, G, S]` are, and these, best first: int64, float32 `[n, count]`.
+def top_of_groups(values: np.ndarray, less: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where in `[S * G]` the largest of `[B, S, G, n]` + `[G, n]` are, and these, best first: `[B * n, count]`.
 
     The `count` largest values lie in the `count` groups with the largest maxima, which are few to search.
     """
-    rows, groups, size = likeness.shape
-    count = min(count, groups * size)
+    batch, size, groups, columns = values.shape
     kept = min(count, groups)
-    highest = likeness.max(2)  # [n, G]
-    chosen = np.argpartition(highest, groups - kept, axis=1)[:, groups - kept :] if kept < groups else None
-    if chosen is None:
-        chosen = np.broadcast_to(np.arange(groups), (rows, groups))
-    values = likeness[np.arange(rows)[:, None], chosen].reshape(rows, -1)  # [n, kept * S]
-    total = values.shape[1]
-    best = np.argpartition(values, total - count, axis=1)[:, total - count :] if count < total else None
-    if best is None:
-        best = np.broadcast_to(np.arange(total), (rows, total))
-    found = np.take_along_axis(values, best, 1)
-    order = np.argsort(-found, axis=1)
-    best, found = np.take_along_axis(best, order, 1), np.take_along_axis(found, order, 1)
-    where = np.take_along_axis(chosen, best // size, 1) * size + best % size
+    highest = (values.max(1) + less).transpose(0, 2, 1).reshape(-1, groups)
+    chosen, _ = take_largest(highest, kept)  # [B * n, kept]
+    tile, column = np.divmod(np.arange(batch * columns), columns)
+    places = chosen * columns + column[:, None]  # in [G, n]
+    members = (tile[:, None] * size + np.arange(size)) * (groups * columns)  # [B * n, S]
+    found = values.reshape(-1).take(members[:, :, None] + places[:, None])  # [B * n, S, kept]
+    found += less.reshape(-1).take(places)[:, None]
+    best, largest = take_largest(found.reshape(len(chosen), -1), min(count, size * kept))
+    member, group = np.divmod(best, kept)
+    return member * groups + np.take_along_axis(chosen, group, 1), largest
+
+
+def take_largest(values: np.ndarray, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """Return where each row's largest are, and these, best first: int64, float32 `[n, count]`; `values` loses them.
+
+    For the handful that vote, one search after another is several times as fast as a partition of the row.
+    """
+    rows = np.arange(len(values))
+    where = np.empty((len(values), count), np.int64)
+    found = np.empty((len(values), count), values.dtype)
+    for i in range(count):
+        where[:, i] = values.argmax(1)
+        found[:, i] = values[rows, where[:, i]]
+        values[rows, where[:, i]] = -np.inf
     return where, found
 
 
@@ -251,9 +331,14 @@ def paint(shares: np.ndarray, ids: list[int], height: int, width: int) -> np.nda
     if not ids:
         return np.zeros((height, width), np.uint8)
     largest = np.maximum(shares.max((0, 1)), 1e-6)
-    full = np.stack([
-        cv2.resize(shares[..., k] / largest[k] if shares[..., k].sum() >= GONE else np.zeros_like(shares[..., k]),
-                   (width, height), interpolation=cv2.INTER_LINEAR)
-        for k in range(shares.shape[-1])
-    ])  # fmt: skip
-    return np.array([0, *ids], np.uint8)[full.argmax(0)]
+
+    def full(k: int) -> np.ndarray:
+        share = shares[..., k] / largest[k] if shares[..., k].sum() >= GONE else np.zeros_like(shares[..., k])
+        return cv2.resize(share, (width, height), interpolation=cv2.INTER_LINEAR)
+
+    mask, most = np.zeros((height, width), np.uint8), full(0)
+    for k, number in enumerate(ids, start=1):
+        ours = full(k)
+        mask[ours > most] = number
+        np.maximum(most, ours, out=most)
+    return mask

@@ -65,7 +65,7 @@ class PointTracker:
         self._features: np.ndarray | None = None
         self.places = np.zeros((0, 2), np.float32)
         self._templates = np.zeros((0, 1), np.float32)
-        self._pictures = np.zeros((0, *WINDOW), np.uint8)
+        self._pictures = np.zeros((0, *WINDOW), np.uint8)  # of points out of sight: how each looked last
         self._speed = np.zeros((0, 2), np.float32)
         self._missing = np.zeros(0, np.int64)
         self.ids, self.ages = np.zeros(0, np.int64), np.zeros(0, np.int64)
@@ -106,9 +106,14 @@ class PointTracker:
     def _follow(self, last: np.ndarray, grey: np.ndarray, before: np.ndarray, features: np.ndarray) -> None:
         settings = self.settings
         start = self.places.copy()
-        places, ok = self._by_image(last, grey, start, start + self._speed)
-        ok &= self.visible
-        confidence = (sample(features, places, grey.shape) * self._templates).sum(1)
+        # The image moves what was in sight in the frame before; what was not is for the features to find.
+        moving = np.flatnonzero(self.visible)
+        places, ok = start.copy(), np.zeros(len(start), bool)
+        if len(moving):
+            places[moving], ok[moving] = self._by_image(last, grey, start[moving], (start + self._speed)[moving])
+        now = np.zeros_like(self._templates)
+        now[moving] = sample(features, places[moving], grey.shape)
+        confidence = (now * self._templates).sum(1)
         sure = ok & (confidence >= settings.alike)
         # What has been out of sight for a while is looked for in every third frame.
         asked = np.flatnonzero(~sure & ((self._missing < 3) | ((self._missing + self.ids) % 3 == 0)))
@@ -118,23 +123,27 @@ class PointTracker:
             sure[asked] = trusted
             again = ~trusted & mutual & (cosine >= settings.alike)
             size = patch_of(features, grey.shape)
-            for point, place, value in zip(asked[again], found[again], cosine[again], strict=True):
-                exact = self._by_picture(grey, point, place, max(size))
+            back: list[int] = []
+            for point, place, value in zip(asked[again].tolist(), found[again].tolist(), cosine[again], strict=True):
+                known = cut(last, start[point]) if self.visible[point] else self._pictures[point]
+                exact = by_picture(grey, known, place, max(size), settings.picture)
                 if exact is not None:
                     places[point], confidence[point], sure[point] = exact, value, True
+                    back.append(point)
+            now[back] = sample(features, places[back], grey.shape)
         lost = ~sure
         places[lost] = start[lost]  # out of sight: it stays where it was seen last, and is looked for around there
         inside = ((places >= 0) & (places <= (grey.shape[1] - 1, grey.shape[0] - 1))).all(1)
         sure &= inside
+        for point in np.flatnonzero(self.visible & ~sure):
+            self._pictures[point] = cut(last, start[point])
         self._speed = np.where((sure & self.visible)[:, None], places - start, 0).astype(np.float32)
         self.places = np.where(sure[:, None], places, start).astype(np.float32)
         self.visible = sure
         self.confidence = np.where(sure, confidence, 0).astype(np.float32)
         self._missing = np.where(sure, 0, self._missing + 1)
         seen = np.flatnonzero(sure)
-        for point in seen:
-            self._pictures[point] = cv2.getRectSubPix(grey, WINDOW, tuple(map(float, self.places[point])))
-        renewed = self._templates[seen] * (1 - settings.memory) + sample(features, places[seen], grey.shape) * settings.memory
+        renewed = self._templates[seen] * (1 - settings.memory) + now[seen] * settings.memory
         self._templates[seen] = renewed / np.maximum(np.linalg.norm(renewed, axis=1, keepdims=True), 1e-9)
 
     def _by_image(
@@ -147,22 +156,6 @@ class PointTracker:
         again, back, _ = cv2.calcOpticalFlowPyrLK(grey, last, moved, start.copy(), **options)  # type: ignore[call-overload]
         ok = (there[:, 0] > 0) & (back[:, 0] > 0)
         return moved, ok & (np.linalg.norm(again - start, axis=1) < self.settings.there_and_back)
-
-    def _by_picture(self, grey: np.ndarray, point: int, near: np.ndarray, radius: float) -> np.ndarray | None:
-        """Return where in a radius (pixels) the picture fits best that the point had last; None where it does not fit."""
-        half = WINDOW[0] // 2
-        reach = int(np.ceil(radius))
-        x, y = np.round(near).astype(int)
-        left, top = max(0, x - reach - half), max(0, y - reach - half)
-        area = grey[top : y + reach + half + 1, left : x + reach + half + 1]
-        if min(area.shape) < WINDOW[0] + 2:
-            return None
-        fits = cv2.matchTemplate(area, self._pictures[point], cv2.TM_CCOEFF_NORMED)
-        row, column = np.unravel_index(int(np.nanargmax(fits)), fits.shape)
-        if not fits[row, column] >= self.settings.picture:
-            return None
-        x, y = vertex(fits[row], int(column)), vertex(fits[:, column], int(row))
-        return np.array([left + half + x, top + half + y], np.float32)
 
     def _by_features(
         self, which: np.ndarray, before: np.ndarray, features: np.ndarray, shape: tuple[int, ...]
@@ -180,7 +173,8 @@ class PointTracker:
         reach = self.settings.search + np.minimum(self._missing[which], 3 * self.settings.search)
         far_x = np.abs(np.arange(width) - columns[:, None]) > reach[:, None]
         far_y = np.abs(np.arange(height) - rows[:, None]) > reach[:, None]
-        near = np.where(far_x[:, None, :] | far_y[:, :, None], -1, likeness)
+        far = far_x[:, None, :] | far_y[:, :, None]
+        near = np.where(far, -1, likeness)
         best = near.reshape(len(which), -1).argmax(1)
         y, x = np.divmod(best, width)
         cosine = near[np.arange(len(which)), y, x]
@@ -188,13 +182,14 @@ class PointTracker:
         places = ((peaks + 0.5) * (step_x, step_y) - 0.5).astype(np.float32)
         # Mutual: of the patches around the point in its template's eyes, is the found one's best the point's own?
         own = np.clip(np.round(rows), 0, height - 1).astype(int), np.clip(np.round(columns), 0, width - 1).astype(int)
-        back = (flat[best] @ before.reshape(height * width, -1).T).reshape(-1, height, width)
-        back = np.where(far_x[:, None, :] | far_y[:, :, None], -1, back).reshape(len(which), -1).argmax(1)
-        home_y, home_x = np.divmod(back, width)
-        mutual = (np.abs(home_y - own[0]) <= 1) & (np.abs(home_x - own[1]) <= 1)
         # What was out of sight cannot be found where it was: then its template alone must be sure.
-        hidden = ~self.visible[which]
-        return places, cosine, np.where(hidden, cosine >= 0.5 * (1 + self.settings.alike), mutual)
+        mutual = cosine >= 0.5 * (1 + self.settings.alike)
+        seen = np.flatnonzero(self.visible[which])
+        back = flat[best[seen]] @ before.reshape(height * width, -1).T
+        back = np.where(far[seen].reshape(back.shape), -1, back).argmax(1)
+        home_y, home_x = np.divmod(back, width)
+        mutual[seen] = (np.abs(home_y - own[0][seen]) <= 1) & (np.abs(home_x - own[1][seen]) <= 1)
+        return places, cosine, mutual
 
     def _drop(self) -> None:
         keep = self._missing <= self.settings.patience
@@ -209,9 +204,8 @@ class PointTracker:
         self._next += count
         templates = sample(self._features, places, self._grey.shape)
         templates /= np.maximum(np.linalg.norm(templates, axis=1, keepdims=True), 1e-9)
-        pictures = np.stack([cv2.getRectSubPix(self._grey, WINDOW, tuple(map(float, place))) for place in places])
         rows = {
-            "places": places.astype(np.float32), "_templates": templates, "_pictures": pictures,
+            "places": places.astype(np.float32), "_templates": templates, "_pictures": np.zeros((count, *WINDOW), np.uint8),
             "_speed": np.zeros((count, 2), np.float32), "_missing": np.zeros(count, np.int64), "ids": ids,
             "ages": np.zeros(count, np.int64), "confidence": np.ones(count, np.float32),
             "visible": np.ones(count, bool), "given": np.full(count, given),
@@ -230,6 +224,27 @@ class PointTracker:
         places = seeds(grey, features, wanted, self.settings.spacing, taken)
         if len(places):
             self._add(places, given=False)
+
+
+def cut(grey: np.ndarray, place: np.ndarray) -> np.ndarray:
+    """Return the picture around a place x, y, interpolated: uint8 of WINDOW's size."""
+    return cv2.getRectSubPix(grey, WINDOW, (float(place[0]), float(place[1])))
+
+
+def by_picture(grey: np.ndarray, picture: np.ndarray, near: list[float], radius: float, least: float) -> np.ndarray | None:
+    """Return where in a radius (pixels) a picture fits best, x, y float32; None where its correlation is below `least`."""
+    half = WINDOW[0] // 2
+    reach = int(np.ceil(radius))
+    x, y = map(round, near)
+    left, top = max(0, x - reach - half), max(0, y - reach - half)
+    area = grey[top : y + reach + half + 1, left : x + reach + half + 1]
+    if min(area.shape) < WINDOW[0] + 2:
+        return None
+    fits = cv2.matchTemplate(area, picture, cv2.TM_CCOEFF_NORMED)
+    row, column = divmod(int(fits.argmax()), fits.shape[1])
+    if not fits[row, column] >= least:
+        return None
+    return np.array([left + half + vertex(fits[row], column), top + half + vertex(fits[:, column], row)], np.float32)
 
 
 def patch_of(features: np.ndarray, shape: tuple[int, ...]) -> tuple[float, float]:

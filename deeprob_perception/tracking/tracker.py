@@ -50,14 +50,19 @@ class Tracker:
     - `stages`: durations of `resize`, `infer`, `points`, `mask`
     """
 
-    def __init__(self, engine: Engine, following: Following | None = None, propagation: Propagation | None = None):
-        """:raises ModelError: when the engine's model is for another task."""
+    def __init__(
+        self, engine: Engine, following: Following | None = None, propagation: Propagation | None = None, threads: int = 0
+    ):
+        """:param threads: of mask propagation; 0 for one a core, up to four.
+
+        :raises ModelError: when the engine's model is for another task.
+        """
         if engine.metadata.get("task") != "features":
             raise ModelError(f"{engine.path} is for the task {engine.metadata.get('task')!r}; tracking takes one for features")
         self.engine = engine
         self.stages = Stages()
         self.points = PointTracker(following)
-        self.masks = MaskTracker(propagation)
+        self.masks = MaskTracker(propagation, threads)
         _, self._height, self._width, _ = engine.inputs[0].shape
         self.reset()
 
@@ -133,7 +138,7 @@ class Tracker:
         with self.stages.measure("points"), one_thread():
             self.points.update(cv2.cvtColor(bgr, cv2.COLOR_BGR2GRAY), features)
         mask = None
-        with self.stages.measure("mask"), one_thread():
+        with self.stages.measure("mask"):
             if self.masks.ids:
                 shares = self.masks.update(features)
                 mask = paint(shares, self.masks.ids, *self._size)
