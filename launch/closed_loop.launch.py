@@ -10,6 +10,7 @@ import sys
 from launch.actions import DeclareLaunchArgument
 from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode
+from launch_ros.parameter_descriptions import ParameterValue
 
 from launch import LaunchDescription
 
@@ -36,6 +37,7 @@ def generate_launch_description() -> LaunchDescription:
             executable=sys.executable,
             arguments=["-m", f"deeprob_perception.nodes.{name}"],
             name=name,
+            exec_name=name,
             namespace="",
             parameters=[parameters],
             remappings=list(remapped.items()),
@@ -44,19 +46,21 @@ def generate_launch_description() -> LaunchDescription:
             emulate_tty=True,
         )
 
-    sought = LaunchConfiguration("target_class")
+    def given(name: str) -> ParameterValue:
+        return ParameterValue(LaunchConfiguration(name), value_type=str)
+
+    sought = given("target_class")
     return LaunchDescription([
         *arguments,
         node("robot_cell",
-             {"robot": LaunchConfiguration("robot"), "tip": LaunchConfiguration("tip"), "target_class": sought,
-              "seed": LaunchConfiguration("seed")},
+             {"robot": given("robot"), "tip": given("tip"), "target_class": sought, "seed": LaunchConfiguration("seed")},
              {"joint_trajectory": "policy/joint_trajectory"}),
-        node("segmentation", {"model": LaunchConfiguration("model"), "image_transport": "compressed"}, {"image": camera}),
+        node("segmentation", {"model": given("model"), "image_transport": "compressed"}, {"image": camera}),
         node("target", {"target_class": sought},
              {"mask": "segmentation/mask", "label_info": "segmentation/label_info", "depth": "camera/depth/image_raw",
               "camera_info": "camera/camera_info"}),
         node("policy",
-             {"model": LaunchConfiguration("policy"), "tip": LaunchConfiguration("tip"), "velocity_share": 0.5,
+             {"model": given("policy"), "tip": given("tip"), "velocity_share": 0.5,
               "goal_max_age": 3.0, "approach_height": 0.15},
              {"goal": "target/goal"}),
     ])  # fmt: skip

@@ -4,12 +4,13 @@
 import sys
 from pathlib import Path
 
-from launch.actions import DeclareLaunchArgument, GroupAction
+from launch.actions import DeclareLaunchArgument, GroupAction, OpaqueFunction
 from launch.conditions import IfCondition
+from launch.events.process import ProcessExited
 from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution, PythonExpression
 from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
 
-from launch import LaunchDescription
+from launch import LaunchContext, LaunchDescription
 
 CONFIG = Path(__file__).resolve().parents[1] / "config"
 AS_IN_FILE = "Empty: as params_file has it."
@@ -75,15 +76,18 @@ def node(task: str, params_file: str, model: str) -> GroupAction:
         executable=sys.executable,
         arguments=["-m", f"deeprob_perception.nodes.{task}"],
         name=task,
+        exec_name=task,
         namespace=LaunchConfiguration("namespace"),
         remappings=[("image", LaunchConfiguration("image_topic"))],
         ros_arguments=["--log-level", LaunchConfiguration("log_level")],
         output="screen",
         emulate_tty=True,
+        on_exit=report_build,
     )
     asked = PythonExpression(["'", LaunchConfiguration("tasks"), f"' in ('{task}', 'all')"])
     return GroupAction(
         [
+            OpaqueFunction(function=check_file, args=[params_file]),
             SetParametersFromFile(LaunchConfiguration(params_file)),
             *given,
             SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
@@ -93,3 +97,16 @@ def node(task: str, params_file: str, model: str) -> GroupAction:
         ],
         condition=IfCondition(asked),
     )
+
+
+def check_file(context: LaunchContext, argument: str) -> None:
+    """Refuse a parameter file that is none; launch_ros ends with an assertion that says nothing."""
+    path = LaunchConfiguration(argument).perform(context)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"{argument} is {path!r}: there is no such file")
+
+
+def report_build(event: ProcessExited, context: LaunchContext) -> None:
+    """End with an error if an engine could not be built; the status of `ros2 launch` is 0 whatever its processes' are."""
+    if event.returncode and LaunchConfiguration("build_only", default="false").perform(context) == "true":
+        raise RuntimeError(f"{event.process_name} ended with {event.returncode}: no engine was built")

@@ -4,12 +4,13 @@
 import sys
 from pathlib import Path
 
-from launch.actions import DeclareLaunchArgument, GroupAction
+from launch.actions import DeclareLaunchArgument, GroupAction, OpaqueFunction
 from launch.conditions import IfCondition
 from launch.substitutions import EqualsSubstitution, LaunchConfiguration, NotEqualsSubstitution
 from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
+from launch_ros.parameter_descriptions import ParameterValue
 
-from launch import LaunchDescription
+from launch import LaunchContext, LaunchDescription
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "policy.yaml"
 AS_IN_FILE = "Empty: as params_file has it."
@@ -20,7 +21,7 @@ PARAMETERS = {
     "tip": "The link that shall be at the goal.",
     "robot_file": "A URDF file instead of the topic robot_description.",
     "output": "joint_trajectory, joint_command or commands.",
-    "rate": "Control rate, Hz, such as 20.0.",
+    "rate": "Control rate, Hz.",
 }
 
 
@@ -50,7 +51,9 @@ def generate_launch_description() -> LaunchDescription:
     given = []
     for name in PARAMETERS:
         value = LaunchConfiguration(name)
-        given.append(SetParameter(name, value, condition=IfCondition(NotEqualsSubstitution(value, ""))))
+        # Strings in YAML's quotes, because they come to the node as text on its command line, and a link may be named 0.
+        typed = ParameterValue(value, value_type=float) if name == "rate" else ParameterValue(["'", value, "'"], value_type=str)
+        given.append(SetParameter(name, typed, condition=IfCondition(NotEqualsSubstitution(value, ""))))
 
     def node(condition: IfCondition, remapped: list) -> LifecycleNode:
         return LifecycleNode(
@@ -59,6 +62,7 @@ def generate_launch_description() -> LaunchDescription:
             executable=sys.executable,
             arguments=["-m", "deeprob_perception.nodes.policy"],
             name="policy",
+            exec_name="policy",
             namespace=LaunchConfiguration("namespace"),
             remappings=[
                 ("goal", LaunchConfiguration("goal_topic")),
@@ -75,6 +79,7 @@ def generate_launch_description() -> LaunchDescription:
     return LaunchDescription([
         *arguments,
         GroupAction([
+            OpaqueFunction(function=check_file),
             SetParametersFromFile(LaunchConfiguration("params_file")),
             *given,
             SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
@@ -84,3 +89,10 @@ def generate_launch_description() -> LaunchDescription:
                  [(f"~/{topic}", commands) for topic in ("joint_trajectory", "joint_command", "commands")]),
         ]),
     ])  # fmt: skip
+
+
+def check_file(context: LaunchContext) -> None:
+    """Refuse a params_file that is none; launch_ros ends with an assertion that says nothing."""
+    path = LaunchConfiguration("params_file").perform(context)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"params_file is {path!r}: there is no such file")

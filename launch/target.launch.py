@@ -4,18 +4,19 @@
 import sys
 from pathlib import Path
 
-from launch.actions import DeclareLaunchArgument, GroupAction
+from launch.actions import DeclareLaunchArgument, GroupAction, OpaqueFunction
 from launch.conditions import IfCondition
 from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution
 from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
+from launch_ros.parameter_descriptions import ParameterValue
 
-from launch import LaunchDescription
+from launch import LaunchContext, LaunchDescription
 
 CONFIG = Path(__file__).resolve().parents[1] / "config" / "target.yaml"
 AS_IN_FILE = "Empty: as params_file has it."
 # argument -> what it says; each is the parameter of its name
 PARAMETERS = {
-    "target_class": "The class to look for, by name or by id in quotes ('3').",
+    "target_class": "The class to look for, by name or id.",
     "camera_pose_from": "robot, parameter or tf2.",
     "base_frame": "The frame of the goal.",
     "depth_transport": "raw or compressed.",
@@ -53,10 +54,13 @@ def generate_launch_description() -> LaunchDescription:
     given = []
     for name in PARAMETERS:
         value = LaunchConfiguration(name)
-        given.append(SetParameter(name, value, condition=IfCondition(NotEqualsSubstitution(value, ""))))
+        # In YAML's quotes, because it comes to the node as text on its command line, and a class may be 3.
+        quoted = ParameterValue(["'", value, "'"], value_type=str)
+        given.append(SetParameter(name, quoted, condition=IfCondition(NotEqualsSubstitution(value, ""))))
     return LaunchDescription([
         *arguments,
         GroupAction([
+            OpaqueFunction(function=check_file),
             SetParametersFromFile(LaunchConfiguration("params_file")),
             *given,
             SetParameter("use_sim_time", LaunchConfiguration("use_sim_time")),
@@ -66,6 +70,7 @@ def generate_launch_description() -> LaunchDescription:
                 executable=sys.executable,
                 arguments=["-m", "deeprob_perception.nodes.target"],
                 name="target",
+                exec_name="target",
                 namespace=LaunchConfiguration("namespace"),
                 remappings=[(name, LaunchConfiguration(f"{name}_topic")) for name in TOPICS],
                 ros_arguments=["--log-level", LaunchConfiguration("log_level")],
@@ -74,3 +79,10 @@ def generate_launch_description() -> LaunchDescription:
             ),
         ]),
     ])  # fmt: skip
+
+
+def check_file(context: LaunchContext) -> None:
+    """Refuse a params_file that is none; launch_ros ends with an assertion that says nothing."""
+    path = LaunchConfiguration("params_file").perform(context)
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"params_file is {path!r}: there is no such file")

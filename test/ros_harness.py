@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -49,13 +49,14 @@ def isolated_ros() -> Iterator[None]:
 
 
 class Process:
-    """A child process with its output in a file."""
+    """A child process with its output in a file. program: what runs `command`; by default that is a Python module."""
 
-    def __init__(self, log: Path, *command: str, env: dict[str, str] | None = None):
+    def __init__(self, log: Path, *command: str, env: dict[str, str] | None = None,
+                 program: Sequence[str] = (sys.executable, "-u", "-m")):  # fmt: skip
         self.log = log
         with log.open("w") as stream:
             self._process = subprocess.Popen(
-                [sys.executable, "-u", "-m", *command], stdout=stream, stderr=subprocess.STDOUT, env=env)
+                [*program, *command], stdout=stream, stderr=subprocess.STDOUT, env=env)
 
     @property
     def output(self) -> str:
