@@ -219,8 +219,6 @@ class RobotCellNode(PerceptionNode):
         info.header.frame_id = OPTICAL_FRAME
         info.k, info.r = camera.matrix.ravel().tolist(), np.eye(3).ravel().tolist()
         info.p = np.hstack([camera.matrix, np.zeros((3, 1))]).ravel().tolist()
-        if not outputs:
-            return  # released under us
         outputs["camera_info"].publish(info)
         if "depth" in wanted:
             millimetres = np.clip(np.rint(frame.depth * 1000.0), 0, 65535).astype(np.uint16)

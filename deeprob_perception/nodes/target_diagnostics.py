@@ -98,7 +98,7 @@ class TargetDiagnostics:
         if self._node.state() != "active" or (key == self._logged and (level == Level.OK or now - self._since < REPEAT)):
             return
         if not key and self._logged:
-            self._node.get_logger().info("goals are published again")
+            self._node.get_logger().info("goals are published")
         elif level != Level.OK:
             self._node.get_logger().warning(text)
         self._logged, self._since = key, now
