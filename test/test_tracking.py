@@ -269,6 +269,18 @@ def test_a_point_that_is_hidden_is_said_to_be_and_comes_back_under_its_id():
     assert np.linalg.norm(tracks.points[0] - (28 + 24, 32 + 24)) < 1.0
 
 
+def test_a_point_that_leaves_the_image_is_not_found_again_on_what_looks_like_it():
+    tracker = Tracker(PixelEngine(), Following(count=0))
+    tracker.seed_point(60 + 24, 32 + 24)
+    for step in range(15):  # out to the right, 6 pixels a frame
+        tracks = tracker.update(scene(60 + 6 * step, 32)[0], 1 + step * 33_000_000)
+        assert step > 11 or tracks.visible.all(), step
+    assert not len(tracks.ids)
+    for step in range(15, 20):  # its twin, where it was last in sight
+        tracks = tracker.update(scene(108, 32)[0], 1 + step * 33_000_000)
+    assert not len(tracks.ids)
+
+
 def test_points_out_of_sight_for_long_are_dropped_and_others_take_their_place():
     tracker = Tracker(PixelEngine(), Following(count=20, patience=3))
     tracker.update(texture(5), 1)

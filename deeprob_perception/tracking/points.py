@@ -18,6 +18,7 @@ from deeprob_perception.errors import SeedError
 WINDOW = (17, 17)  # of Lucas-Kanade, and of a point's picture, pixels
 LEVELS = 3  # of its pyramid
 ROWS = ("places", "_templates", "_pictures", "_speed", "_missing", "ids", "ages", "confidence", "visible", "given")
+DRIFT = 0.5  # pixels a frame: a point that is slower does not leave
 TERM = (cv2.TERM_CRITERIA_COUNT | cv2.TERM_CRITERIA_EPS, 20, 0.01)
 
 
@@ -39,7 +40,7 @@ class Following:
     there_and_back: float = 1.5
     alike: float = 0.6
     doubt: float = 0.8
-    picture: float = 0.8
+    picture: float = 0.9
     search: int = 4
     temperature: float = 0.05
     patience: int = 60
@@ -131,20 +132,31 @@ class PointTracker:
                     places[point], confidence[point], sure[point] = exact, value, True
                     back.append(point)
             now[back] = sample(features, places[back], grey.shape)
+        inside = ((places >= 0) & (places <= (grey.shape[1] - 1, grey.shape[0] - 1))).all(1)
+        left = self.visible & ((ok & ~inside) | (~sure & self._leaving(start, grey.shape)))
+        sure &= inside
         lost = ~sure
         places[lost] = start[lost]  # out of sight: it stays where it was seen last, and is looked for around there
-        inside = ((places >= 0) & (places <= (grey.shape[1] - 1, grey.shape[0] - 1))).all(1)
-        sure &= inside
         for point in np.flatnonzero(self.visible & ~sure):
             self._pictures[point] = cut(last, start[point])
         self._speed = np.where((sure & self.visible)[:, None], places - start, 0).astype(np.float32)
         self.places = np.where(sure[:, None], places, start).astype(np.float32)
         self.visible = sure
         self.confidence = np.where(sure, confidence, 0).astype(np.float32)
-        self._missing = np.where(sure, 0, self._missing + 1)
+        self._missing = np.where(sure, 0, np.where(left, settings.patience, self._missing) + 1)
         seen = np.flatnonzero(sure)
         renewed = self._templates[seen] * (1 - settings.memory) + now[seen] * settings.memory
         self._templates[seen] = renewed / np.maximum(np.linalg.norm(renewed, axis=1, keepdims=True), 1e-9)
+
+    def _leaving(self, start: np.ndarray, shape: tuple[int, ...]) -> np.ndarray:
+        """Return which points were about to leave the image, bool `[n]`, by where they were, `[n, 2]`, and how fast.
+
+        They are not looked for: where a camera pans, what looks like them further in is something else.
+        """
+        edge, half = np.array([shape[1] - 1, shape[0] - 1], np.float32), WINDOW[0] // 2
+        going, speed = start + self._speed, self._speed
+        leaving = ((going < half) & (speed < -DRIFT)) | ((going > edge - half) & (speed > DRIFT))
+        return np.any(leaving, axis=1)
 
     def _by_image(
         self, last: np.ndarray, grey: np.ndarray, start: np.ndarray, guess: np.ndarray
