@@ -255,25 +255,10 @@ class CameraNode(PerceptionNode):
         self._stop_work()
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
-        self.close()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: Any) -> TransitionCallbackReturn:
-        self._stop_work()
-        self._release()
-        return super().on_error(state)
-
     def close(self) -> None:
         """End the worker and release everything; may be called twice."""
-        self._stop_work()
-        self._release()
-        self._worker.shutdown()
         super().close()
+        self._worker.shutdown()
 
     def _stop_work(self) -> None:
         if self.subscription is not None:
@@ -292,6 +277,7 @@ class CameraNode(PerceptionNode):
         self.outputs = {}
 
     def _release(self) -> None:
+        self._stop_work()
         self.release_outputs()
         self.engine_source.close()
         with contextlib.suppress(RuntimeError):  # the worker is shut down already: nothing is loaded

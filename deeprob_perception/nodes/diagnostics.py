@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
 from rclpy.clock import Clock, ClockType
+from rclpy.node import Node
 from rclpy.qos import QoSCompatibility, qos_check_compatible
 
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -20,6 +21,17 @@ if TYPE_CHECKING:
 PERIOD = 1.0  # seconds, REP 107
 GRACE = 3.0  # seconds after activation in which DDS discovery may still be under way: nothing is logged yet
 REPEAT = 30.0  # seconds after which a standing cause is logged again
+
+
+def status_of(node: Node, item: str, level: Level, text: str, values: dict[str, str], hardware: str = "") -> DiagnosticStatus:
+    """Return the status `NODE: item`."""
+    return DiagnosticStatus(
+        level=bytes([level]),
+        name=f"{node.get_fully_qualified_name().lstrip('/')}: {item}",
+        message=text,
+        hardware_id=hardware,
+        values=[KeyValue(key=key, value=value) for key, value in values.items()],
+    )
 
 
 class Diagnostics:
@@ -139,13 +151,8 @@ class Diagnostics:
                 "output": f"{values.get('rate_hz')} Hz",
                 "model": values.get("building") or f"{values.get('name')} on {values.get('backend')} {values.get('precision')}"
                 if values else "not loaded"}[item]
-        return DiagnosticStatus(
-            level=bytes([level]),
-            name=f"{self._node.get_fully_qualified_name().lstrip('/')}: {item}",
-            message="; ".join(cause.text for cause in mine) or good,
-            hardware_id=hardware,
-            values=[KeyValue(key=key, value=value) for key, value in values.items()],
-        )
+        message = "; ".join(cause.text for cause in mine) or good
+        return status_of(self._node, item, level, message, values, hardware)
 
     def _log(self, facts: Facts, found: list[Cause]) -> None:
         """Log a cause when it appears and every REPEAT seconds, and once when the last one has gone."""

@@ -3,6 +3,7 @@
 
 import logging
 import signal
+from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
 
@@ -20,7 +21,8 @@ SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FA
 class PerceptionNode(LifecycleNode):
     """A lifecycle node whose log has the package's own records too, and which survives a transition that is not allowed.
 
-    Subclasses set `settings`, with `autostart` and `build_only` among them, and release what they hold in `close`.
+    Subclasses set `settings`, with `autostart` and `build_only` among them, and release what they hold in `_release`, which is
+    called on the way back to unconfigured, after an error, and at the end, perhaps more than once.
     """
 
     settings: Settings
@@ -48,8 +50,25 @@ class PerceptionNode(LifecycleNode):
             response.success = False
             return response
 
+    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
+        self._release()
+        return super().on_cleanup(state)
+
+    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
+        self.close()
+        return super().on_shutdown(state)
+
+    def on_error(self, state: Any) -> TransitionCallbackReturn:
+        self._release()
+        return super().on_error(state)
+
+    @abstractmethod
+    def _release(self) -> None:
+        """Stop, and give back what configuring took; also after one that failed half-way."""
+
     def close(self) -> None:
         """Release everything; may be called twice."""
+        self._release()
         logging.getLogger("deeprob_perception").removeHandler(self._log_handler)
 
 

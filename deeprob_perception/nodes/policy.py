@@ -311,18 +311,6 @@ class PolicyNode(PerceptionNode):
         self._stop_timer()
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
-        self.close()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_error(state)
-
     def close(self) -> None:
         """Stop and release everything; a robot in motion comes to rest where ROS still lets us say so."""
         try:
@@ -331,7 +319,6 @@ class PolicyNode(PerceptionNode):
         except Exception:  # a signal that comes now ends ROS under us, and with it what we wanted to say
             if self.context.ok():
                 raise
-        self._release()
         super().close()
 
     def _stop_timer(self) -> None:

@@ -7,11 +7,11 @@ from time import monotonic
 from typing import TYPE_CHECKING
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus
 from rclpy.clock import Clock, ClockType
 
 from deeprob_perception.nodes.diagnosis import Level
-from deeprob_perception.nodes.diagnostics import PERIOD, REPEAT
+from deeprob_perception.nodes.diagnostics import PERIOD, REPEAT, status_of
 from deeprob_perception.policy.safety import DISARMED, HOLDING, REFUSALS
 
 if TYPE_CHECKING:
@@ -142,13 +142,7 @@ class PolicyDiagnostics:
         return values
 
     def _status(self, item: str, level: Level, text: str, values: dict[str, str]) -> DiagnosticStatus:
-        return DiagnosticStatus(
-            level=bytes([level]),
-            name=f"{self._node.get_fully_qualified_name().lstrip('/')}: {item}",
-            message=text,
-            hardware_id=values.get("robot", values.get("device", "")),
-            values=[KeyValue(key=key, value=value) for key, value in values.items()],
-        )
+        return status_of(self._node, item, level, text, values, values.get("robot", values.get("device", "")))
 
     def _log(self, told: str, level: Level) -> None:
         """Log what it does when that changes, and a standing cause every REPEAT seconds. Numbers in the text don't count."""

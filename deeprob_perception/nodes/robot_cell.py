@@ -13,7 +13,7 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.qos import QoSProfile, ReliabilityPolicy
@@ -27,13 +27,14 @@ from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, make_header
 from deeprob_perception.messages.images import make_compressed, make_image
 from deeprob_perception.nodes.base import LATCHED, OUTPUT
 from deeprob_perception.nodes.diagnosis import Level
-from deeprob_perception.nodes.diagnostics import PERIOD
+from deeprob_perception.nodes.diagnostics import PERIOD, status_of
 from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.sim.arms import ARMS, TOOL
 from deeprob_perception.sim.camera import OPTICAL_FRAME
 from deeprob_perception.sim.cell import Cell, Wish
 from deeprob_perception.sim.follower import Point
+from deeprob_perception.sim.record import camera_info, millimetres
 from deeprob_perception.sim.render import Frame, SceneRenderer
 from deeprob_perception.sim.scene import OBJECTS
 from deeprob_perception.sim.sensor import Sensor
@@ -213,16 +214,10 @@ class RobotCellNode(PerceptionNode):
 
     def _publish(self, frame: Frame, stamp: int, wanted: set[str]) -> None:
         header = make_header(stamp, OPTICAL_FRAME)
-        camera, outputs = frame.camera, self._outputs
-        info = CameraInfo(height=camera.height, width=camera.width, distortion_model="plumb_bob", d=[0.0] * 5)
-        info.header.stamp.sec, info.header.stamp.nanosec = divmod(stamp, 10**9)
-        info.header.frame_id = OPTICAL_FRAME
-        info.k, info.r = camera.matrix.ravel().tolist(), np.eye(3).ravel().tolist()
-        info.p = np.hstack([camera.matrix, np.zeros((3, 1))]).ravel().tolist()
-        outputs["camera_info"].publish(info)
+        outputs = self._outputs
+        outputs["camera_info"].publish(serialize(camera_info(frame.camera, header), "sensor_msgs/msg/CameraInfo"))
         if "depth" in wanted:
-            millimetres = np.clip(np.rint(frame.depth * 1000.0), 0, 65535).astype(np.uint16)
-            outputs["depth"].publish(serialize(make_image(millimetres, "16UC1", header), IMAGE))
+            outputs["depth"].publish(serialize(make_image(millimetres(frame.depth), "16UC1", header), IMAGE))
         if wanted & {"image", "compressed"}:
             picture = _SENSOR.apply(frame.colour, self._random)
             if "image" in wanted:
@@ -252,10 +247,7 @@ class RobotCellNode(PerceptionNode):
                                           "refused_trajectories": str(cell.follower.refused)}  # fmt: skip
         message = DiagnosticArray()
         message.header.stamp = self.get_clock().now().to_msg()
-        message.status = [DiagnosticStatus(
-            level=bytes([Level.ERROR if self.failure else Level.OK]), message=told,
-            name=f"{self.get_fully_qualified_name().lstrip('/')}: model",
-            values=[KeyValue(key=key, value=value) for key, value in values.items()])]  # fmt: skip
+        message.status = [status_of(self, "model", Level.ERROR if self.failure else Level.OK, told, values)]
         self._diagnostics.publish(message)
 
     # Deactivate, clean up ---------------------------------------------------------------------------------------------
@@ -264,23 +256,10 @@ class RobotCellNode(PerceptionNode):
         self._stop()
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
-        self.close()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_error(state)
-
     def close(self) -> None:
         """End the worker and release everything; may be called twice."""
-        self._release()
-        self._worker.shutdown()
         super().close()
+        self._worker.shutdown()
 
     def _stop(self) -> None:
         for timer in self._timers_:

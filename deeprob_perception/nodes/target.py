@@ -329,23 +329,6 @@ class TargetNode(PerceptionNode):
         self._close_inputs()
         return super().on_deactivate(state)
 
-    def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_cleanup(state)
-
-    def on_shutdown(self, state: Any) -> TransitionCallbackReturn:
-        self.close()
-        return super().on_shutdown(state)
-
-    def on_error(self, state: Any) -> TransitionCallbackReturn:
-        self._release()
-        return super().on_error(state)
-
-    def close(self) -> None:
-        """Release everything; may be called twice."""
-        self._release()
-        super().close()
-
     def _close_inputs(self) -> None:
         for subscription in self._inputs:
             self.destroy_subscription(subscription)

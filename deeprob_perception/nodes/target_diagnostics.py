@@ -6,11 +6,11 @@ from __future__ import annotations
 from time import monotonic
 from typing import TYPE_CHECKING
 
-from diagnostic_msgs.msg import DiagnosticArray, DiagnosticStatus, KeyValue
+from diagnostic_msgs.msg import DiagnosticArray
 from rclpy.clock import Clock, ClockType
 
 from deeprob_perception.nodes.diagnosis import Level
-from deeprob_perception.nodes.diagnostics import PERIOD, REPEAT
+from deeprob_perception.nodes.diagnostics import PERIOD, REPEAT, status_of
 from deeprob_perception.nodes.traffic import Rate
 
 if TYPE_CHECKING:
@@ -37,9 +37,9 @@ class TargetDiagnostics:
         message = DiagnosticArray()
         message.header.stamp = node.get_clock().now().to_msg()
         message.status = [
-            self._status("input", Level.WARN if missing else Level.OK,
-                         "; ".join(f"nobody publishes {self._topic(name)}" for name in missing) or rates, self._input()),
-            self._status("output", level, text or goals, self._output(goals, text)),
+            status_of(node, "input", Level.WARN if missing else Level.OK,
+                      "; ".join(f"nobody publishes {self._topic(name)}" for name in missing) or rates, self._input()),
+            status_of(node, "output", level, text or goals, self._output(goals, text)),
         ]  # fmt: skip
         self._publisher.publish(message)
         self._log(level, text)
@@ -86,11 +86,6 @@ class TargetDiagnostics:
             summary = samples.summary()
             values |= {f"{name}_{p}_ms": f"{summary[p]:.2f}" for p in ("p50", "p95", "p99") if summary["n"]}
         return values
-
-    def _status(self, item: str, level: Level, text: str, values: dict[str, str]) -> DiagnosticStatus:
-        return DiagnosticStatus(
-            level=bytes([level]), name=f"{self._node.get_fully_qualified_name().lstrip('/')}: {item}", message=text,
-            values=[KeyValue(key=key, value=value) for key, value in values.items()])  # fmt: skip
 
     def _log(self, level: Level, text: str) -> None:
         key = "".join(c for c in text if not c.isdigit())

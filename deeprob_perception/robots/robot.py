@@ -160,6 +160,12 @@ class Robot:
         rest = 0.0 if joint.kind == "fixed" else float(np.clip(0.0, joint.lower, joint.upper))
         return None, 0.0, factor * rest + offset
 
+    def driven(self) -> list[tuple[Joint, int | None, float, float]]:
+        """Return every joint that is not fixed, and what drives it: index of a moved joint (None for one that stays where it
+        is), the factor, and the offset (rad, m)."""
+        pairs = zip(self._joints, self._drive, strict=True)
+        return [(joint, *drive) for joint, drive in pairs if joint.kind != "fixed"]
+
     # The graph --------------------------------------------------------------------------------------------------------
 
     def graph(self) -> Graph:

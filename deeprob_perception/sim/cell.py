@@ -14,7 +14,7 @@ import numpy as np
 from deeprob_perception.errors import RobotError
 from deeprob_perception.robots import Robot, Urdf, parse
 from deeprob_perception.robots.robot import euler
-from deeprob_perception.robots.urdf import elements
+from deeprob_perception.robots.urdf import elements, rotation
 from deeprob_perception.sim import SimulationError, skeleton
 from deeprob_perception.sim.arm import finishes
 from deeprob_perception.sim.camera import OPTICAL_FRAME, Camera, look_at
@@ -256,8 +256,7 @@ class Cell:
 def pose_at(position: np.ndarray, yaw: float) -> np.ndarray:
     """Return the pose `[4, 4]` of what stands at `position` (m), turned by `yaw` (rad)."""
     pose = np.eye(4)
-    c, s = np.cos(yaw), np.sin(yaw)
-    pose[:2, :2], pose[:3, 3] = [[c, -s], [s, c]], position
+    pose[:3, :3], pose[:3, 3] = rotation(0.0, 0.0, yaw), position
     return pose
 
 

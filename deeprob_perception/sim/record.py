@@ -117,14 +117,13 @@ class CameraPath:
 def _frame_messages(frame: Frame, stamp: int, rng: np.random.Generator,
                     with_depth: bool) -> Iterator[tuple[str, int, Any]]:
     header = make_header(stamp, OPTICAL_FRAME)
-    yield INFO, stamp, _camera_info(frame.camera, header)
+    yield INFO, stamp, camera_info(frame.camera, header)
     yield COLOUR, stamp, _compressed(header, "bgr8; jpeg compressed bgr8", ".jpg", _SENSOR.apply(frame.colour, rng),
                                      (cv2.IMWRITE_JPEG_QUALITY, _JPEG_QUALITY))
     if with_depth:
-        millimetres = np.clip(np.rint(frame.depth * 1000.0), 0, 65535).astype(np.uint16)
         # Of PNG's filters, "sub" leaves least of rendered planes in 16 bits (30.7 kB a frame; "all" 32.5, "none" 59.6).
         options = (cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_SUB)
-        yield DEPTH, stamp, _compressed(header, "16UC1; png compressed", ".png", millimetres, options)
+        yield DEPTH, stamp, _compressed(header, "16UC1; png compressed", ".png", millimetres(frame.depth), options)
     options = (cv2.IMWRITE_PNG_COMPRESSION, 9, cv2.IMWRITE_PNG_FILTER, cv2.IMWRITE_PNG_FILTER_NONE)
     yield MASK, stamp, _compressed(header, "mono8; png compressed", ".png", frame.labels, options)
 
@@ -136,7 +135,13 @@ def _compressed(header: Any, form: str, suffix: str, picture: np.ndarray, option
     return typestore().types["sensor_msgs/msg/CompressedImage"](header=header, format=form, data=data.ravel())
 
 
-def _camera_info(camera: Camera, header: Any) -> Any:
+def millimetres(depth: np.ndarray) -> np.ndarray:
+    """Return depth `[H, W]` in metres as REP 118's uint16 `[H, W]`, mm."""
+    return np.clip(np.rint(depth * 1000.0), 0, 65535).astype(np.uint16)
+
+
+def camera_info(camera: Camera, header: Any) -> Any:
+    """Return rosbags' sensor_msgs/CameraInfo of a camera."""
     types, k = typestore().types, camera.matrix
     return types["sensor_msgs/msg/CameraInfo"](
         header=header, height=camera.height, width=camera.width, distortion_model="plumb_bob", d=np.zeros(5),

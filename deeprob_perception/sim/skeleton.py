@@ -112,22 +112,10 @@ def add_robot(
 def find(model: mujoco.MjModel, urdf: Urdf) -> Skeleton:
     """Return where the robot that `add_robot` added is in the compiled model."""
     robot = Robot(urdf)
-    index = {name: i for i, name in enumerate(robot.joint_names)}
-    named = {joint.name: joint for joint in urdf.joints}
     rows = []
-    for joint in below(urdf, urdf.root):
-        if joint.kind == "fixed":
-            continue
-        gain, offset, driver = 1.0, 0.0, joint
-        while driver.mimic is not None:  # Robot has refused those that end nowhere
-            followed, multiplier, shift = driver.mimic
-            offset, gain, driver = offset + gain * shift, gain * multiplier, named[followed]
-        if driver.name not in index:  # it mimics a joint that stays where it is
-            gain, row = 0.0, 0
-        else:
-            row = index[driver.name]
+    for joint, index, gain, offset in robot.driven():
         at = model.joint(f"robot/{joint.name}")
-        rows.append((int(at.qposadr[0]), int(at.dofadr[0]), row, gain, offset))
+        rows.append((int(at.qposadr[0]), int(at.dofadr[0]), index or 0, 0.0 if index is None else gain, offset))
     qpos, qvel, source, gains, offsets = (np.array(column) for column in zip(*rows, strict=True))
     return Skeleton(robot, qpos, qvel, source, gains.astype(float), offsets.astype(float))
 
