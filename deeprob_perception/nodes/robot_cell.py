@@ -1,8 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
 """The robot cell node: a simulated robot and camera on real topics, for whoever has neither at hand (docs/robot_cell.md).
 
-The executor's thread moves the robot and tells its joints; a worker renders, as OpenGL wants it from one thread, and takes ten
-times as long. What it renders is a copy of the state at the time of the stamp.
+The executor's thread moves the robot and tells its joints; a worker renders, as OpenGL wants it from one thread, and takes
+longer than a period of the joints. What it renders is a copy of the state at the time of the stamp.
 """
 
 import json
@@ -54,7 +54,7 @@ SETTINGS = (
     Setting("target_class", "ball", "The class of the one object that shall be touched.", live=True, choices=OBJECTS),
     Setting("width", 640, "Of pictures.", between=(32, 1920)),
     Setting("height", 480, "Of pictures.", between=(32, 1080)),
-    Setting("frame_rate", 10.0, "Pictures a second at most; a CPU renders some 8 of 640x480.", between=(0.1, 60.0)),
+    Setting("frame_rate", 10.0, "Pictures a second at most.", between=(0.1, 60.0)),
     Setting("joint_rate", 100.0, "Joint states a second, and how often a trajectory is looked at.", between=(10.0, 250.0)),
 )
 

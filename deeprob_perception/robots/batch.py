@@ -159,7 +159,7 @@ class RobotBatch:
 
 
 def cross(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Return the cross products of vectors `[..., 3]`; np.cross takes four times as long for a few."""
+    """Return the cross products of vectors `[..., 3]`; np.cross takes longer for a few."""
     return a[..., (1, 2, 0)] * b[..., (2, 0, 1)] - a[..., (2, 0, 1)] * b[..., (1, 2, 0)]
 
 
