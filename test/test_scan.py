@@ -116,6 +116,43 @@ def test_gradients_are_those_of_the_loop(length, reverse):
         torch.testing.assert_close(mine, theirs, rtol=1e-5, atol=1e-6)
 
 
+@pytest.mark.parametrize("reverse", [False, True])
+@pytest.mark.parametrize("shared_by", ["all channels", "a group", "all steps"])
+@pytest.mark.parametrize("cached", [1, 2**18])
+def test_the_scans_gradients_are_those_of_its_definition(monkeypatch, cached, shared_by, reverse):
+    monkeypatch.setattr(scan, "CACHED", cached)  # one channel at a time, or all
+    batch, dim, states, length = 2, 6, 3, 11
+    generator = torch.Generator().manual_seed(7)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    shapes = {"all channels": (batch, states, length), "a group": (batch, 2, states, length), "all steps": (dim, states)}
+    shape = shapes[shared_by]
+    u, delta, a, b, c = draw(batch, dim, length), draw(batch, dim, length), draw(dim, states), draw(*shape), draw(*shape)
+    y, last = scan.selective_scan(u, delta, -a.exp(), b, c, delta_softplus=True, reverse=reverse)
+    assert not last.requires_grad
+
+    step = torch.nn.functional.softplus(delta)
+    full_b, full_c = (
+        {"all channels": lambda x: x[:, None].expand(batch, dim, states, length),
+         "a group": lambda x: x.repeat_interleave(dim // 2, 1),
+         "all steps": lambda x: x[None, :, :, None].expand(batch, dim, states, length)}[shared_by](x)
+        for x in (b, c)
+    )  # fmt: skip
+    state, rows = torch.zeros(batch, dim, states, dtype=torch.float64), [None] * length
+    for t in reversed(range(length)) if reverse else range(length):
+        state = (step[:, :, t, None] * -a.exp()).exp() * state + (step * u)[:, :, t, None] * full_b[..., t]
+        rows[t] = (state * full_c[..., t]).sum(-1)
+    expected = torch.stack(rows, -1)
+    torch.testing.assert_close(y, expected)
+    weight = torch.randn(y.shape, generator=generator, dtype=torch.float64)
+    inputs = (u, delta, a, b, c)
+    found, wanted = (torch.autograd.grad((x * weight).sum(), inputs) for x in (y, expected))
+    for mine, theirs in zip(found, wanted, strict=True):
+        torch.testing.assert_close(mine, theirs)
+
+
 def test_half_precision_input_is_summed_in_float32():
     a, b = (x.bfloat16() for x in sequence(500, stiff=False))
     size = scan.block_length(500)

@@ -20,11 +20,14 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 Within = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Steps of an exported block: with 16 the graph has half as many nodes again and is no faster (docs/backbones.md).
 EXPORTED_BLOCK = 8
+# States that are computed together on a CPU: 1 MB each of decay, input, state and their gradients.
+CACHED = 2**18
 OPSET = 18  # of the Softplus, which has not changed since 1
 
 
@@ -48,20 +51,84 @@ def selective_scan(
     :param reverse: from the last step to the first.
     :return: the result `[B, D, L]`, and the last state `[B, D, N]`.
     """
-    length = u.shape[-1]
-    q = block_length(length)
     step = delta if delta_bias is None else delta + delta_bias[:, None]
-    step = blocks((softplus(step) if delta_softplus else step).permute(2, 0, 1), q)  # [Q, P, B, D]
-    tokens = blocks(u.permute(2, 0, 1), q)
-    inputs, outputs = (blocks(spread(x, u.shape[1]), q) for x in (b, c))  # [Q, P, B or 1, D, N]
-    states = recurrences([((step[..., None] * a).exp(), (step * tokens)[..., None] * inputs, reverse)])[0]  # [Q, P, B, D, N]
-    y = (states * outputs).sum(-1)
-    y = unblock(y, length).permute(1, 2, 0)  # [B, D, L]
+    step = (softplus(step) if delta_softplus else step).permute(2, 0, 1)  # [L, B, D]
+    run = scanned if torch.compiler.is_exporting() else SelectiveScan.apply
+    inner = u.shape[1]
+    y, last = run(u.permute(2, 0, 1), step, spread(a, inner), spread(b, inner), spread(c, inner), reverse)
+    y = y.permute(1, 2, 0)  # [B, D, L]
     if d is not None:
         y = y + d[:, None] * u
-    # What was padded lies behind the last step.
-    last = unblock(states, length)[0 if reverse else -1]
     return (y if z is None else y * F.silu(z)), last
+
+
+def scanned(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, reverse: bool) -> tuple[Tensor, Tensor]:
+    """Return y = C h `[L, B, D]` and the last h `[B, D, N]`, of u and dt `[L, B, D]`, and A, B and C as `spread` has them."""
+    length = len(u)
+    q = block_length(length)
+    u, step, a, b, c = (blocks(x, q) for x in (u, step, a, b, c))
+    states = recurrences([((step[..., None] * a).exp(), (step * u)[..., None] * b, reverse)])[0]  # [Q, P, B, D, N]
+    end = 0 if reverse else length - 1  # what was padded lies behind the last step
+    return unblock((states * c).sum(-1), length), states[end % q, end // q]
+
+
+class SelectiveScan(torch.autograd.Function):
+    """`scanned` for torch itself: on a CPU a few channels at a time, so that their N states each stay in its cache.
+
+    The states are not kept for the gradient but computed again, as in the official kernel. The last one has no gradient.
+    """
+
+    @staticmethod
+    def forward(context, u, step, a, b, c, reverse):  # type: ignore[no-untyped-def,override]
+        context.save_for_backward(u, step, a, b, c)
+        context.reverse = reverse
+        results = []
+        for part in pieces(u, a):
+            here = [channels(x, *part) for x in (u, step, a, b, c)]
+            results.append(scanned(here[0], here[1], here[2], here[3], here[4], reverse))
+        y, last = torch.cat([y for y, _ in results], 2), torch.cat([last for _, last in results], 1)
+        context.mark_non_differentiable(last)
+        return y, last
+
+    @staticmethod
+    @once_differentiable
+    def backward(context, gradient, _):  # type: ignore[no-untyped-def,override]
+        inputs, reverse = context.saved_tensors, context.reverse
+        length = len(gradient)
+        q = block_length(length)
+        earlier, later = (step_after, step_before) if reverse else (step_before, step_after)
+        found = [torch.zeros_like(full(x)) for x in inputs]
+        for part in pieces(inputs[0], inputs[2]):
+            u, step, a, b, c, out = (blocks(full(channels(x, *part)), q) for x in (*inputs, gradient))
+            scaled, out = (step * u)[..., None], out[..., None]
+            decay = (step[..., None] * a).exp()
+            states = recurrences([(decay, scaled * b, reverse)])[0]
+            of_states = two_levels(later(decay), out * c, not reverse, form(decay))  # and so of dt B u
+            of_scaled = (of_states * b).sum(-1)
+            of_b = (of_states * scaled).sum_to_size(b.shape)
+            of_exponent = of_states.mul_(earlier(states)).mul_(decay)  # dt A
+            grads = (
+                of_scaled * step,
+                of_scaled * u + (of_exponent * a).sum(-1),
+                (of_exponent * step[..., None]).sum_to_size(a.shape),
+                of_b,
+                (out * states).sum_to_size(c.shape),
+            )
+            for total, grad in zip(found, grads, strict=True):
+                channels(total, *part).add_(unblock(grad, length))  # what channels share adds up
+        return *(grad.to(x.dtype) for grad, x in zip(found, inputs, strict=True)), None
+
+
+def pieces(u: Tensor, a: Tensor) -> list[tuple[int, int]]:
+    """Cut the channels of u `[L, B, D]` into ranges whose states fill a CPU's cache; a GPU takes them all."""
+    total, states = u.shape[2], u.shape[0] * u.shape[1] * a.shape[-1]
+    size = max(1, CACHED // states) if u.device.type == "cpu" else total
+    return [(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def channels(x: Tensor, first: int, last: int) -> Tensor:
+    """Return a range of the third axis; what all channels share stays whole."""
+    return x if x.shape[2] == 1 else x[:, :, first:last]
 
 
 def spread(x: Tensor, channels: int) -> Tensor:
