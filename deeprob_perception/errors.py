@@ -44,3 +44,9 @@ class OrderError(PerceptionError):
 
 class TargetError(PerceptionError):
     """A frame that gives no goal: the class is not in view, no depth, no calibration, no camera pose."""
+
+
+def describe(error: Exception) -> str:
+    """Return an error in one line; one that was not raised on purpose with its type before it."""
+    text = str(error).splitlines()[0] if str(error) else ""
+    return text if isinstance(error, PerceptionError) else f"{type(error).__name__}: {text}"

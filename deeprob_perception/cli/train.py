@@ -27,7 +27,11 @@ def segmentation(
     epochs: Annotated[int, typer.Option(min=1)] = 60,
     batch_size: Annotated[int, typer.Option(min=1)] = 4,
     learning_rate: Annotated[float, typer.Option(min=0.0)] = 6e-4,
-    crop: Annotated[int, typer.Option(help="Side of the training crops, pixels; best a multiple of 32 x the window.")] = 256,
+    optimizer: Annotated[str, typer.Option(help="adamw, or muon for the backbone's matrices.")] = "adamw",
+    crop: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the crops, or a side; best multiples of 32 x the window.")] = "256",
+    balanced: Annotated[
+        float, typer.Option(min=0.0, max=1.0, help="Share of the crops centred on a class, rare ones more often.")
+    ] = 0.5,
     min_scale: Annotated[float, typer.Option(help="Smallest zoom of a crop.")] = 0.5,
     max_scale: Annotated[float, typer.Option(help="Largest zoom of a crop.")] = 1.75,
     augmentation: Annotated[str, typer.Option(help="strong, or mild (short trainings).")] = "strong",
@@ -53,6 +57,9 @@ def segmentation(
         raise DataError(f"--precision {precision}: want auto, fp32 or bf16")
     if augmentation not in AUGMENTATIONS:
         raise DataError(f"--augmentation {augmentation}: want {' or '.join(AUGMENTATIONS)}")
+    if optimizer not in ("adamw", "muon"):
+        raise DataError(f"--optimizer {optimizer}: want adamw or muon")
+    sides = crop_size(crop)
     found = class_set(data, classes)
     samples = find_samples(data)
     val_samples = find_samples(val) if val else []
@@ -67,15 +74,25 @@ def segmentation(
 
         _, weights = zoo.load_checkpoint(init)
     settings = Settings(
-        backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, learning_rate=learning_rate,
+        backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate,
         drop_path=drop_path, undo_weights=undo_weights,
         precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
-        augmentation=Augmentation(crop=(crop, crop), scale=(min_scale, max_scale), **AUGMENTATIONS[augmentation]),
+        augmentation=Augmentation(
+            crop=sides, scale=(min_scale, max_scale), balanced=balanced, **AUGMENTATIONS[augmentation]
+        ),
     )  # fmt: skip
     scores = train(samples, val_samples, found, out, settings, resume, weights)
     if scores:
         show({name: None if v is None else round(v, 4) for name, v in scores["iou"].items()})
         show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")
+
+
+def crop_size(text: str) -> tuple[int, int]:
+    """Return height and width of `256` or `240x320`."""
+    parts = text.lower().split("x")
+    if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) >= 32 for part in parts):
+        raise DataError(f"--crop {text}: want a side or HEIGHTxWIDTH, each at least 32 pixels, as 256 or 240x320")
+    return int(parts[0]), int(parts[-1])
 
 
 @train_app.command()

@@ -6,7 +6,8 @@ into P blocks of Q steps, the blocks run side by side from a state of zero, a sc
 each should have begun with, and what that adds is its product with the block's running product of a. All factors are at
 most 1, so that what vanishes vanishes rightly. Three forms of it, equal by test:
 
-- on a CPU, step after step, all blocks in one operation: 2 sqrt(L) operations with Q near sqrt(L), and little memory traffic;
+- on a CPU, step after step, all blocks in one operation: 2 sqrt(L) operations with Q near sqrt(L), and little memory traffic
+  (`selective_scan`, whose steps have states enough to be worth an operation each, goes through all L of them instead);
 - on a GPU, associative doubling in blocks and over them: about log2(L) operations, each over everything;
 - exported, blocks of 8 steps unrolled and doubling over their ends: plain ONNX operators, static shapes, few passes.
 
@@ -26,8 +27,6 @@ Within = Callable[[Tensor, Tensor], tuple[Tensor, Tensor]]
 
 # Steps of an exported block: with 16 the graph has half as many nodes again and is no faster (docs/backbones.md).
 EXPORTED_BLOCK = 8
-# States that are computed together on a CPU: 1 MB each of decay, input, state and their gradients.
-CACHED = 2**18
 OPSET = 18  # of the Softplus, which has not changed since 1
 
 
@@ -53,7 +52,8 @@ def selective_scan(
     """
     step = delta if delta_bias is None else delta + delta_bias[:, None]
     step = (softplus(step) if delta_softplus else step).permute(2, 0, 1)  # [L, B, D]
-    run = scanned if torch.compiler.is_exporting() else SelectiveScan.apply
+    step_by_step = u.device.type == "cpu" and not torch.compiler.is_exporting()
+    run = SequentialScan.apply if step_by_step else scanned
     inner = u.shape[1]
     y, last = run(u.permute(2, 0, 1), step, spread(a, inner), spread(b, inner), spread(c, inner), reverse)
     y = y.permute(1, 2, 0)  # [B, D, L]
@@ -72,63 +72,65 @@ def scanned(u: Tensor, step: Tensor, a: Tensor, b: Tensor, c: Tensor, reverse: b
     return unblock((states * c).sum(-1), length), states[end % q, end // q]
 
 
-class SelectiveScan(torch.autograd.Function):
-    """`scanned` for torch itself: on a CPU a few channels at a time, so that their N states each stay in its cache.
+class SequentialScan(torch.autograd.Function):
+    """`scanned` for a CPU: one step after the other, of all channels and states, which so stay in its cache.
 
-    The states are not kept for the gradient but computed again, as in the official kernel. The last one has no gradient.
+    Only the inputs are kept for the gradient and the states computed again, as in the official kernel. The last state has
+    no gradient.
     """
 
     @staticmethod
     def forward(context, u, step, a, b, c, reverse):  # type: ignore[no-untyped-def,override]
         context.save_for_backward(u, step, a, b, c)
         context.reverse = reverse
-        results = []
-        for part in pieces(u, a):
-            here = [channels(x, *part) for x in (u, step, a, b, c)]
-            results.append(scanned(here[0], here[1], here[2], here[3], here[4], reverse))
-        y, last = torch.cat([y for y, _ in results], 2), torch.cat([last for _, last in results], 1)
-        context.mark_non_differentiable(last)
-        return y, last
+        u, step, a, b, c = (full(x).contiguous() for x in (u, step, a, b, c))
+        y = torch.empty_like(u)
+        state = u.new_zeros(*u.shape[1:], a.shape[-1])
+        scratch = torch.empty_like(state)
+        lanes = (timeline(x, len(u), reverse) for x in (step[..., None], (step * u)[..., None], b, c, y))
+        for dt, dt_u, b_t, c_t, y_t in zip(*lanes, strict=True):
+            state.mul_(torch.mul(dt, a[0], out=scratch).exp_()).addcmul_(dt_u, b_t)
+            torch.sum(torch.mul(state, c_t, out=scratch), -1, out=y_t)
+        context.mark_non_differentiable(state)
+        return y, state
 
     @staticmethod
     @once_differentiable
     def backward(context, gradient, _):  # type: ignore[no-untyped-def,override]
         inputs, reverse = context.saved_tensors, context.reverse
-        length = len(gradient)
-        q = block_length(length)
-        earlier, later = (step_after, step_before) if reverse else (step_before, step_after)
-        found = [torch.zeros_like(full(x)) for x in inputs]
-        for part in pieces(inputs[0], inputs[2]):
-            u, step, a, b, c, out = (blocks(full(channels(x, *part)), q) for x in (*inputs, gradient))
-            scaled, out = (step * u)[..., None], out[..., None]
-            decay = (step[..., None] * a).exp()
-            states = recurrences([(decay, scaled * b, reverse)])[0]
-            of_states = two_levels(later(decay), out * c, not reverse, form(decay))  # and so of dt B u
-            of_scaled = (of_states * b).sum(-1)
-            of_b = (of_states * scaled).sum_to_size(b.shape)
-            of_exponent = of_states.mul_(earlier(states)).mul_(decay)  # dt A
-            grads = (
-                of_scaled * step,
-                of_scaled * u + (of_exponent * a).sum(-1),
-                (of_exponent * step[..., None]).sum_to_size(a.shape),
-                of_b,
-                (out * states).sum_to_size(c.shape),
-            )
-            for total, grad in zip(found, grads, strict=True):
-                channels(total, *part).add_(unblock(grad, length))  # what channels share adds up
-        return *(grad.to(x.dtype) for grad, x in zip(found, inputs, strict=True)), None
+        u, step, a, b, c = (full(x).contiguous() for x in inputs)
+        length = len(u)
+        states = u.new_empty(*u.shape, a.shape[-1])
+        scratch, carry, of_a = (torch.zeros_like(states[0]) for _ in range(3))
+        of_dt_u, of_dt, of_b, of_c = (torch.zeros_like(x) for x in (u, step, b, c))
+        gradient = full(gradient).contiguous()
+
+        def lanes(*tensors):  # type: ignore[no-untyped-def]
+            return [timeline(x, length, reverse) for x in tensors]
+
+        times = lanes(step[..., None], (step * u)[..., None], b, gradient[..., None])
+        after = timeline(states, length, reverse)
+        before = (torch.zeros_like(scratch), *after[:-1])
+        for dt, dt_u, b_t, out, h, earlier, to_c in zip(*times, after, before, *lanes(of_c), strict=True):
+            torch.mul(torch.mul(dt, a[0], out=scratch).exp_(), earlier, out=h).addcmul_(dt_u, b_t)
+            to_c.add_(torch.mul(out, h, out=scratch).sum_to_size(to_c.shape))  # a constant's adds up
+        back = (lane[::-1] for lane in (*times, before, *lanes(c, of_dt_u, of_dt, of_b)))
+        for dt, dt_u, b_t, out, earlier, c_t, to_dt_u, to_dt, to_b in zip(*back, strict=True):
+            carry.addcmul_(out, c_t)  # the gradient of h
+            to_b.add_(torch.mul(carry, dt_u, out=scratch).sum_to_size(b_t.shape))
+            torch.sum(torch.mul(carry, b_t, out=scratch), -1, out=to_dt_u)
+            carry.mul_(torch.mul(dt, a[0], out=scratch).exp_())
+            of_exponent = torch.mul(carry, earlier, out=scratch)
+            of_a.addcmul_(of_exponent, dt)
+            torch.sum(of_exponent.mul_(a[0]), -1, out=to_dt)
+        grads = (of_dt_u * step, of_dt_u * u + of_dt, of_a.sum(0)[None, None], of_b, of_c)
+        return *(grad.to(x.dtype) for grad, x in zip(grads, inputs, strict=True)), None
 
 
-def pieces(u: Tensor, a: Tensor) -> list[tuple[int, int]]:
-    """Cut the channels of u `[L, B, D]` into ranges whose states fill a CPU's cache; a GPU takes them all."""
-    total, states = u.shape[2], u.shape[0] * u.shape[1] * a.shape[-1]
-    size = max(1, CACHED // states) if u.device.type == "cpu" else total
-    return [(first, min(first + size, total)) for first in range(0, total, size)]
-
-
-def channels(x: Tensor, first: int, last: int) -> Tensor:
-    """Return a range of the third axis; what all channels share stays whole."""
-    return x if x.shape[2] == 1 else x[:, :, first:last]
+def timeline(x: Tensor, length: int, reverse: bool) -> tuple[Tensor, ...]:
+    """Return views of the steps of `[L or 1, ...]` in the order of the scan; a constant's again and again."""
+    steps = x.unbind() * (length if len(x) == 1 else 1)
+    return steps[::-1] if reverse else steps
 
 
 def spread(x: Tensor, channels: int) -> Tensor:

@@ -30,7 +30,7 @@ from deeprob_perception.messages.images import make_compressed, make_image, to_b
 from deeprob_perception.nodes.diagnostics import Diagnostics
 from deeprob_perception.nodes.engine_source import EngineSource, Wish
 from deeprob_perception.nodes.headers import stamp_of
-from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
 from deeprob_perception.nodes.traffic import Traffic, measured
@@ -87,7 +87,6 @@ class CameraNode(PerceptionNode):
         self.traffic = Traffic()
         self.outputs: dict[str, LifecyclePublisher] = {}
         self.subscription: Subscription | None = None
-        self.failure = ""
         self.engine_source = EngineSource()
         self.lost_in_transport = 0
         self.last_arrival = monotonic()
@@ -134,15 +133,7 @@ class CameraNode(PerceptionNode):
             self._worker.submit(self._warm_up).result()
             self.open_outputs()
         except Exception as error:  # whatever a model file or a back end throws: the node stays up and says it
-            if not self.context.ok():
-                return FAILURE  # told to stop while loading
-            self.failure = str(error) if isinstance(error, PerceptionError) else f"{type(error).__name__}: {error}"
-            if not isinstance(error, PerceptionError):
-                self.get_logger().error(traceback.format_exc())
-            self.get_logger().error(f"not configured: {self.failure}. Mend it (`ros2 param set "
-                                    f"{self.get_fully_qualified_name()} ...`), then configure again")
-            self._release()
-            return FAILURE
+            return self.not_configured(error)
         return super().on_configure(state)
 
     def on_activate(self, state: Any) -> TransitionCallbackReturn:

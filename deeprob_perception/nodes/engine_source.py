@@ -12,7 +12,7 @@ from time import monotonic
 
 from deeprob_perception import engines
 from deeprob_perception.engines import Engine
-from deeprob_perception.errors import EngineError, PerceptionError
+from deeprob_perception.errors import EngineError, describe
 
 log = logging.getLogger(__name__)
 
@@ -99,7 +99,7 @@ class EngineSource:
             engine = wish.load(backend, wish.precision)
             self._warm_up(engine)
         except Exception as error:  # whatever a builder throws: the stand-in goes on
-            reason = str(error) if isinstance(error, PerceptionError) else f"{type(error).__name__}: {error}"
+            reason = describe(error)
             self.failure = f"{self._coming} could not be built ({reason}); {self._stand_in} goes on"
             if not self._closed:
                 log.error("%s: %s", wish.path.name, self.failure)

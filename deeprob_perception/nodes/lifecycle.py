@@ -3,6 +3,7 @@
 
 import logging
 import signal
+import traceback
 from abc import abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -12,6 +13,7 @@ from rclpy.exceptions import ParameterException
 from rclpy.executors import ExternalShutdownException, SingleThreadedExecutor
 from rclpy.lifecycle import LifecycleNode, TransitionCallbackReturn
 
+from deeprob_perception.errors import PerceptionError, describe
 from deeprob_perception.nodes.dds import use_large_image_profile
 from deeprob_perception.nodes.parameters import Settings
 
@@ -29,6 +31,7 @@ class PerceptionNode(LifecycleNode):
 
     def __init__(self, name: str, **node_options: Any):
         super().__init__(name, **node_options)
+        self.failure = ""  # why it could not be configured
         self._log_handler = _RosLog(self)
         logging.getLogger("deeprob_perception").addHandler(self._log_handler)
         logging.getLogger("deeprob_perception").setLevel(logging.INFO)
@@ -49,6 +52,18 @@ class PerceptionNode(LifecycleNode):
             self.get_logger().error(f"transition {wish} refused in state {self.state()}: {str(error).splitlines()[0]}")
             response.success = False
             return response
+
+    def not_configured(self, error: Exception) -> TransitionCallbackReturn:
+        """Stay up and say why configuring failed, whatever a file or a back end threw; `return` it in the `except`."""
+        if not self.context.ok():
+            return FAILURE  # told to stop meanwhile
+        self.failure = describe(error)
+        if not isinstance(error, PerceptionError):
+            self.get_logger().error("".join(traceback.format_exception(error)))
+        self.get_logger().error(f"not configured: {self.failure}. Mend it (`ros2 param set "
+                                f"{self.get_fully_qualified_name()} ...`), then configure again")
+        self._release()
+        return FAILURE
 
     def on_cleanup(self, state: Any) -> TransitionCallbackReturn:
         self._release()

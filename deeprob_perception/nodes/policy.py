@@ -5,7 +5,6 @@ One thread does all of it: a step takes some milliseconds, and a lock less is a 
 """
 
 import sys
-import traceback
 from functools import partial
 from time import monotonic
 from typing import Any
@@ -21,16 +20,16 @@ from std_msgs.msg import String
 from std_srvs.srv import SetBool, Trigger
 
 from deeprob_perception import engines, zoo
-from deeprob_perception.errors import PerceptionError, RobotError
+from deeprob_perception.errors import RobotError, describe
 from deeprob_perception.nodes.base import LATCHED, engine_facts, engine_settings
 from deeprob_perception.nodes.commands import OUTPUTS, Commander, markers
 from deeprob_perception.nodes.goal_frames import GoalFrames
-from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.policy_diagnostics import PolicyDiagnostics
 from deeprob_perception.policy.approach import Approach
 from deeprob_perception.policy.beat import Beat
-from deeprob_perception.policy.loop import ControlLoop, describe, policy_of
+from deeprob_perception.policy.loop import ControlLoop, policy_of
 from deeprob_perception.policy.readings import Goal
 from deeprob_perception.policy.safety import DISARMED, MOVING, Bound, Setpoint, limits_of
 from deeprob_perception.robots import Robot, Urdf, parse, read
@@ -135,15 +134,7 @@ class PolicyNode(PerceptionNode):
             if settings["robot_file"]:
                 self._build(read(settings["robot_file"]))
         except Exception as error:  # whatever a model file or a back end throws: the node stays up and says it
-            if not self.context.ok():
-                return FAILURE  # told to stop while loading
-            self.failure = describe(error)
-            if not isinstance(error, PerceptionError):
-                self.get_logger().error(traceback.format_exc())
-            self.get_logger().error(f"not configured: {self.failure}. Mend it (`ros2 param set "
-                                    f"{self.get_fully_qualified_name()} ...`), then configure again")
-            self._release()
-            return FAILURE
+            return self.not_configured(error)
         topic, kind = OUTPUTS[settings["output"]]
         overriding = QoSOverridingOptions.with_default_policies
         self._command = self.create_lifecycle_publisher(kind, f"~/{topic}", COMMANDS, qos_overriding_options=overriding())

@@ -28,7 +28,7 @@ from deeprob_perception.messages.images import make_compressed, make_image
 from deeprob_perception.nodes.base import LATCHED, OUTPUT
 from deeprob_perception.nodes.diagnosis import Level
 from deeprob_perception.nodes.diagnostics import PERIOD, status_of
-from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.sim.arms import ARMS, TOOL
 from deeprob_perception.sim.camera import OPTICAL_FRAME
@@ -77,7 +77,6 @@ class RobotCellNode(PerceptionNode):
         self._subscription: Any = None
         self._timers_: list[Any] = []
         self._started = 0.0
-        self.failure = ""
         self.create_service(Trigger, "~/next", self._on_next)
         self._diagnostics = self.create_publisher(DiagnosticArray, "/diagnostics", 10)
         self.create_timer(PERIOD, self._diagnose, clock=Clock(clock_type=ClockType.STEADY_TIME))
@@ -89,9 +88,7 @@ class RobotCellNode(PerceptionNode):
         try:
             cell = self._build()
         except PerceptionError as error:
-            self.failure = f"not configured: {error}"
-            self.get_logger().error(self.failure)
-            return FAILURE
+            return self.not_configured(error)
         create = self.create_lifecycle_publisher
         self._outputs = {
             "joint_states": create(JointState, "joint_states", OUTPUT),
@@ -242,7 +239,9 @@ class RobotCellNode(PerceptionNode):
     def _diagnose(self) -> None:
         """Say which cell this is, or why there is none, as `robot_cell: model`."""
         cell = self.cell
-        told = self.failure or (f"cell {self._seed}: {cell.robot.name}" if cell is not None else self.state())
+        told = f"cell {self._seed}: {cell.robot.name}" if cell is not None else self.state()
+        if self.failure:
+            told = f"not configured: {self.failure}"
         values = {} if cell is None else {"seed": str(self._seed), "robot": cell.robot.name, "target": cell.target,
                                           "refused_trajectories": str(cell.follower.refused)}  # fmt: skip
         message = DiagnosticArray()

@@ -24,9 +24,10 @@ from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize
 from deeprob_perception.messages.images import to_array
 from deeprob_perception.nodes.base import LATCHED, OUTPUT, SENSOR
 from deeprob_perception.nodes.headers import stamp_of
-from deeprob_perception.nodes.lifecycle import FAILURE, PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.target_diagnostics import TargetDiagnostics
+from deeprob_perception.nodes.transforms import TransformError, Transforms
 from deeprob_perception.robots import Urdf, parse, read
 from deeprob_perception.target import CameraMount, Intrinsics, Pairs, Sighting, Steady, locate, metres, pose_of
 from deeprob_perception.timing import Samples
@@ -75,7 +76,7 @@ class TargetNode(PerceptionNode):
         super().__init__("target", **node_options)
         self.settings = Settings(self, SETTINGS, self.state)
         self.settings.add_check("target_class", lambda value: self._class_fault(str(value)))
-        self.failure = self.robot_failure = self.reason = ""
+        self.robot_failure = self.reason = ""
         self.masks = self.depths = self.published = self.failed = self.in_a_row = 0
         self.last: Sighting | None = None
         self.goal: np.ndarray | None = None
@@ -92,7 +93,7 @@ class TargetNode(PerceptionNode):
         self._mount: CameraMount | None = None
         self._given: np.ndarray | None = None
         self._positions: dict[str, float] = {}
-        self._buffer: Any = None
+        self._transforms: Transforms | None = None
         self._output: Any = None
         self._inputs: list[Any] = []
         self._diagnostics = TargetDiagnostics(self)
@@ -122,11 +123,7 @@ class TargetNode(PerceptionNode):
             if settings["robot_file"]:
                 self._urdf = read(settings["robot_file"])
         except Exception as error:  # the node stays up and says it
-            self.failure = str(error) if isinstance(error, PerceptionError) else f"{type(error).__name__}: {error}"
-            self.get_logger().error(f"not configured: {self.failure}. Mend it (`ros2 param set "
-                                    f"{self.get_fully_qualified_name()} ...`), then configure again")
-            self._release()
-            return FAILURE
+            return self.not_configured(error)
         overriding = QoSOverridingOptions.with_default_policies
         self._output = self.create_lifecycle_publisher(PointStamped, "~/goal", OUTPUT, qos_overriding_options=overriding())
         return super().on_configure(state)
@@ -134,12 +131,9 @@ class TargetNode(PerceptionNode):
     def _listen_to_tf(self) -> None:
         if not self.settings["base_frame"]:
             raise TargetError("camera_pose_from is tf2: name the frame of the goal by base_frame")
-        try:
-            import tf2_ros
-        except ImportError as error:
-            raise TargetError(f"camera_pose_from is tf2, which is not installed ({error}); take robot or parameter") from error
-        self._buffer = tf2_ros.Buffer()
-        self._listener = tf2_ros.TransformListener(self._buffer, self)
+        self._transforms = Transforms(self)
+        if self._transforms.absence:
+            raise TargetError(f"camera_pose_from is tf2: {self._transforms.absence}; take robot or parameter")
 
     # Activate ---------------------------------------------------------------------------------------------------------
 
@@ -310,19 +304,11 @@ class TargetNode(PerceptionNode):
         return self._mount.pose(self._positions), prefix + self._mount.base
 
     def _from_tf(self, base: str, frame: str) -> np.ndarray:
-        from rclpy.time import Time
-
+        assert self._transforms is not None
         try:
-            found = self._buffer.lookup_transform(base, frame, Time()).transform
-        except Exception as error:  # tf2's exceptions have no common base that can be imported without it
+            return self._transforms.pose(base, frame)
+        except TransformError as error:
             raise TargetError(f"tf2 does not relate the camera's frame {frame} to {base}: {error}") from error
-        x, y, z, w = (getattr(found.rotation, name) for name in "xyzw")
-        pose = np.eye(4)
-        pose[:3, :3] = [[1 - 2 * (y * y + z * z), 2 * (x * y - z * w), 2 * (x * z + y * w)],
-                        [2 * (x * y + z * w), 1 - 2 * (x * x + z * z), 2 * (y * z - x * w)],
-                        [2 * (x * z - y * w), 2 * (y * z + x * w), 1 - 2 * (x * x + y * y)]]  # fmt: skip
-        pose[:3, 3] = found.translation.x, found.translation.y, found.translation.z
-        return pose
 
     # Deactivate, clean up ---------------------------------------------------------------------------------------------
 
@@ -340,9 +326,9 @@ class TargetNode(PerceptionNode):
         if self._output is not None:
             self.destroy_lifecycle_publisher(self._output)
             self._output = None
-        if self._buffer is not None:
-            self._listener.unregister()
-            self._buffer = None
+        if self._transforms is not None:
+            self._transforms.close()
+            self._transforms = None
         self._urdf, self._description, self._mount, self._given, self._names = None, None, None, None, None
         self.intrinsics = ""
         self._positions.clear()

@@ -9,7 +9,7 @@ from time import perf_counter
 import numpy as np
 
 from deeprob_perception.engines import Engine
-from deeprob_perception.errors import ModelError, PerceptionError, RobotError
+from deeprob_perception.errors import ModelError, RobotError, describe
 from deeprob_perception.policy.approach import Approach
 from deeprob_perception.policy.command import Command, Policy
 from deeprob_perception.policy.leap import LeapPolicy
@@ -147,9 +147,3 @@ class ControlLoop:
         if refused is None and self._workspace is not None and self.goal.position is not None:
             return self._workspace.refusal(self.goal.position)
         return refused
-
-
-def describe(error: Exception) -> str:
-    """Return an error in one line."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return text if isinstance(error, PerceptionError) else f"{type(error).__name__}: {text}"

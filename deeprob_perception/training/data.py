@@ -96,7 +96,7 @@ class CropDataset(Dataset):
         size = (crop_width, crop_height)
         if min(sx, sy) < 0.7:  # bilinear sampling alone would alias
             image = cv2.GaussianBlur(image, (0, 0), 0.35 / min(sx, sy))
-        fill = tuple(float(v) for v in image.mean((0, 1)))
+        fill = cv2.mean(image)[:3]
         image = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=fill)
         label = cv2.warpAffine(label, matrix, size, flags=cv2.INTER_NEAREST, borderValue=VOID)
         return image, label

@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
@@ -44,6 +43,7 @@ class Settings:
     head: str = "fpn"
     epochs: int = 60
     batch_size: int = 4
+    optimizer: str = "adamw"
     learning_rate: float = 6e-4
     weight_decay: float = 0.05
     warmup_steps: int = 200
@@ -64,13 +64,13 @@ class Averaged(AveragedModel):
     """Exponential moving average of weights and buffers; young averages follow faster, or they would keep the random start."""
 
     def __init__(self, net: nn.Module, decay: float):
-        def average(old: Tensor, new: Tensor, count: Tensor) -> Tensor:
-            if not old.is_floating_point():
-                return new
-            weight = min(decay, (1 + int(count)) / (10 + int(count)))
-            return torch.lerp(new, old, weight)
+        def average(old: list[Tensor], new: list[Tensor], count: Tensor) -> None:
+            if old[0].is_floating_point():
+                torch._foreach_lerp_(old, new, 1 - min(decay, (1 + int(count)) / (10 + int(count))))
+            else:
+                torch._foreach_copy_(old, new)
 
-        super().__init__(net, avg_fn=average, use_buffers=True)
+        super().__init__(net, multi_avg_fn=average, use_buffers=True)
 
 
 def train(
@@ -113,8 +113,10 @@ def train(
     if not len(loader):
         raise DataError(f"{len(data)} training images are too few for a batch of {settings.batch_size} on {world} processes")
     steps = settings.epochs * len(loader)
-    optimizer = torch.optim.AdamW(parameter_groups(net, settings.weight_decay), lr=settings.learning_rate)
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: warmup_cosine(step, steps, settings.warmup_steps))
+    optimizers = optimizers_for(net, settings)
+    schedules = [
+        torch.optim.lr_scheduler.LambdaLR(o, lambda step: warmup_cosine(step, steps, settings.warmup_steps)) for o in optimizers
+    ]
     criterion = SegmentationLoss(torch.from_numpy(data.frequency).float(), settings.dice_weight).to(device)
     autocast = autocast_for(settings.precision, device)
     mean, std = (torch.tensor(v, device=device).reshape(1, 3, 1, 1) * 255 for v in (IMAGENET_MEAN, IMAGENET_STD))
@@ -125,8 +127,8 @@ def train(
         state = torch.load(last, map_location=device, weights_only=True)
         net.load_state_dict(state["net"])
         averaged.load_state_dict(state["averaged"])
-        optimizer.load_state_dict(state["optimizer"])
-        schedule.load_state_dict(state["schedule"])
+        for part, kept in zip((*optimizers, *schedules), state["optimizers"] + state["schedules"], strict=True):
+            part.load_state_dict(kept)
         epoch, step = state["epoch"], state["step"]
     elif lead:
         (out / "settings.json").write_text(json.dumps(asdict(settings), indent=1) + "\n")
@@ -148,11 +150,11 @@ def train(
                 with autocast:
                     logits = model(images)
                 loss = criterion(logits.float(), labels)
-                optimizer.zero_grad(set_to_none=True)
+                net.zero_grad(set_to_none=True)
                 loss.backward()
                 nn.utils.clip_grad_norm_(net.parameters(), settings.gradient_clip)
-                optimizer.step()
-                schedule.step()
+                for part in (*optimizers, *schedules):
+                    part.step()
                 averaged.update_parameters(net)
                 total_loss += float(loss.detach())
                 step += 1
@@ -162,15 +164,16 @@ def train(
                 rate = world * settings.batch_size * len(loader) / (time.perf_counter() - started)
                 evaluate = settings.eval_every and epoch % settings.eval_every == 0 and val_samples
                 miou = scores_of(averaged.module, val_samples, recipe)["miou"] if evaluate else None
-                row = (step, epoch, f"{schedule.get_last_lr()[0]:.3e}", f"{total_loss / len(loader):.4f}", f"{rate:.2f}",
+                row = (step, epoch, f"{schedules[0].get_last_lr()[0]:.3e}", f"{total_loss / len(loader):.4f}", f"{rate:.2f}",
                        "" if miou is None else f"{miou:.4f}")  # fmt: skip
                 with (out / "log.csv").open("a", newline="") as file:
                     csv.writer(file).writerow(row)
                 if not progress.console.is_terminal:
                     print(f"epoch {epoch}/{settings.epochs} loss {row[3]} images/s {row[4]} val mIoU {row[5]}", flush=True)
                 save_atomically(
-                    {"net": net.state_dict(), "averaged": averaged.state_dict(), "optimizer": optimizer.state_dict(),
-                     "schedule": schedule.state_dict(), "epoch": epoch, "step": step}, last)  # fmt: skip
+                    {"net": net.state_dict(), "averaged": averaged.state_dict(),
+                     "optimizers": [o.state_dict() for o in optimizers], "schedules": [s.state_dict() for s in schedules],
+                     "epoch": epoch, "step": step}, last)  # fmt: skip
     scores: dict[str, Any] = {}
     if lead:
         from deeprob_perception.zoo import save_checkpoint
@@ -199,15 +202,19 @@ class SegmentationLoss(nn.Module):
 
     def forward(self, logits: Tensor, labels: Tensor) -> Tensor:
         """:param logits: float `[B, K, H, W]`; :param labels: int64 `[B, H, W]`, `VOID` where nothing is known."""
+        # Gathers and sums over class ids: one-hot maps would be the dearest part of a small network's step on a CPU.
         log_p = logits.log_softmax(1)
-        loss = F.nll_loss(log_p, labels, self.weight, ignore_index=VOID)
+        known = labels != VOID
+        labels = labels.masked_fill(~known, 0)
+        right = log_p.gather(1, labels[:, None])[:, 0]  # [B, H, W]
+        weight = self.weight[labels] * known
+        loss = -(weight * right).sum() / weight.sum().clamp(min=1e-6)
         if not self.dice_weight:
             return loss
-        valid = labels != VOID
-        one_hot = F.one_hot(labels.masked_fill(~valid, 0), logits.shape[1]).permute(0, 3, 1, 2) * valid[:, None]
-        p = log_p.exp() * valid[:, None]
-        overlap, size, truth = (p * one_hot).sum((0, 2, 3)), p.sum((0, 2, 3)), one_hot.sum((0, 2, 3))
-        dice = 1 - (2 * overlap + 1) / (size + truth + 1)
+        ids, share = labels.flatten(), known.flatten().float()
+        truth = torch.zeros_like(self.weight).index_add(0, ids, share)
+        overlap = torch.zeros_like(self.weight).index_add(0, ids, right.flatten().exp() * share)
+        dice = 1 - (2 * overlap + 1) / ((log_p.exp() * known[:, None]).sum((0, 2, 3)) + truth + 1)
         return loss + self.dice_weight * dice[truth > 0].mean() if bool((truth > 0).any()) else loss
 
 
@@ -236,6 +243,26 @@ def scores_of(net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any
         confusion.add(logits.argmax(1)[0].cpu().numpy(), read_label(sample.label, len(recipe["classes"])))
     net.train(was_training)
     return confusion.report(recipe["classes"])
+
+
+def optimizers_for(net: nn.Module, settings: Settings) -> list[torch.optim.Optimizer]:
+    """Return AdamW for everything, or for `muon` for what is no matrix of the backbone, and Muon for these.
+
+    Muon (Jordan et al., 2024) makes each matrix's step orthogonal, scaled to AdamW's length (Liu et al., "Muon is Scalable for
+    LLM Training", 2025), so that both take the same rate.
+    """
+    rate, decay = settings.learning_rate, settings.weight_decay
+    matrices = set()
+    if settings.optimizer == "muon":
+        matrices = {module.weight for module in net.backbone.modules() if isinstance(module, nn.Linear)}
+    groups = parameter_groups(net, decay)
+    for group in groups:
+        group["params"] = [p for p in group["params"] if p not in matrices]
+    optimizers: list[torch.optim.Optimizer] = [torch.optim.AdamW(groups, lr=rate, fused=True)]
+    if matrices:
+        ordered = [p for p in net.parameters() if p in matrices]
+        optimizers.append(torch.optim.Muon(ordered, rate, decay, adjust_lr_fn="match_rms_adamw"))
+    return optimizers
 
 
 def parameter_groups(net: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
