@@ -15,7 +15,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from deeprob_perception.errors import DataError
+from deeprob_perception.errors import DataError, ModelError
 from deeprob_perception.segmentation.classes import CLASS_SETS, class_set
 from deeprob_perception.segmentation.dataset import VOID, find_samples, read_label
 from deeprob_perception.segmentation.scores import Confusion
@@ -246,3 +246,48 @@ def test_eval_reports_the_scores_of_the_model_file(tiny_model, tmp_path):
     assert report["miou"] == pytest.approx(confusion.miou())
     assert report["pixel_accuracy"] == pytest.approx(confusion.pixel_accuracy())
     assert set(report["iou"]) == set(segmenter.class_names)
+
+
+def test_weights_of_another_network_are_refused(coloured, tmp_path):
+    init = {"backbone.no.such.weight": torch.zeros(3)}
+    with pytest.raises(ModelError, match="nothing of a swin-micro"):
+        train(find_samples(coloured), [], class_set(coloured), tmp_path, Settings(epochs=1), init=init)
+
+
+@pytest.mark.parametrize("text", ["240x", "16", "axb", "1x2x3"])
+def test_sides_are_height_and_width(text):
+    from deeprob_perception.cli.train import sides_of
+
+    assert sides_of("240x320", "--crop") == (240, 320) and sides_of("256", "--crop") == (256, 256)
+    with pytest.raises(DataError, match=f"--crop {text}"):
+        sides_of(text, "--crop")
+
+
+def test_images_are_scored_at_the_size_asked_for(trained, coloured):
+    from deeprob_perception.nets.segmenter import build
+    from deeprob_perception.training.segmentation import scores_of
+    from deeprob_perception.zoo import load_checkpoint
+
+    out, _ = trained
+    recipe, weights = load_checkpoint(out / "model.safetensors")
+    net = build(recipe)
+    net.load_state_dict(weights)
+    seen = []
+    net.register_forward_pre_hook(lambda _, inputs: seen.append(tuple(inputs[0].shape)))
+    samples = find_samples(coloured)[:2]
+    scores = scores_of(net, samples, recipe, (64, 64))
+    assert seen == [(1, 3, 64, 64)] * 2 and 0 < scores["miou"] <= 1
+
+
+def test_muon_takes_the_backbones_matrices_and_adamw_the_rest(tiny_recipe):
+    from deeprob_perception.nets.segmenter import build
+    from deeprob_perception.training.segmentation import optimizers_for
+
+    net = build(tiny_recipe)
+    adamw, muon = optimizers_for(net, Settings(optimizer="muon"))
+    taken = [p for group in muon.param_groups for p in group["params"]]
+    left = [p for group in adamw.param_groups for p in group["params"]]
+    assert {id(p) for p in taken} | {id(p) for p in left} == {id(p) for p in net.parameters()}
+    assert not {id(p) for p in taken} & {id(p) for p in left} and all(p.ndim == 2 for p in taken)
+    assert any(p is net.backbone.stages[0].blocks[0].mlp.fc1.weight for p in taken)
+    assert any(p is net.head.classify.weight for p in left)

@@ -44,6 +44,9 @@ def segmentation(
     threads: Annotated[int, typer.Option(min=0, help="torch's CPU threads; 0: its own choice.")] = 0,
     seed: Annotated[int, typer.Option()] = 0,
     eval_every: Annotated[int, typer.Option(min=0, help="Score the validation images every N epochs; 0: at the end only.")] = 0,
+    eval_size: Annotated[
+        str | None, typer.Option(help="HEIGHTxWIDTH to score at, that of the export; default: the images' own.")
+    ] = None,
     init: Annotated[str | None, typer.Option(help="Start from these weights: a model name, .safetensors or .onnx.")] = None,
     resume: Annotated[bool, typer.Option("--resume", help="Go on from OUT/last.pt.")] = False,
 ) -> None:
@@ -59,7 +62,7 @@ def segmentation(
         raise DataError(f"--augmentation {augmentation}: want {' or '.join(AUGMENTATIONS)}")
     if optimizer not in ("adamw", "muon"):
         raise DataError(f"--optimizer {optimizer}: want adamw or muon")
-    sides = crop_size(crop)
+    sides = sides_of(crop, "--crop")
     found = class_set(data, classes)
     samples = find_samples(data)
     val_samples = find_samples(val) if val else []
@@ -77,6 +80,7 @@ def segmentation(
         backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate,
         drop_path=drop_path, undo_weights=undo_weights,
         precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
+        eval_size=sides_of(eval_size, "--eval-size") if eval_size else None,
         augmentation=Augmentation(
             crop=sides, scale=(min_scale, max_scale), balanced=balanced, **AUGMENTATIONS[augmentation]
         ),
@@ -87,11 +91,11 @@ def segmentation(
         show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")
 
 
-def crop_size(text: str) -> tuple[int, int]:
+def sides_of(text: str, option: str) -> tuple[int, int]:
     """Return height and width of `256` or `240x320`."""
     parts = text.lower().split("x")
     if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) >= 32 for part in parts):
-        raise DataError(f"--crop {text}: want a side or HEIGHTxWIDTH, each at least 32 pixels, as 256 or 240x320")
+        raise DataError(f"{option} {text}: want HEIGHTxWIDTH or one side, at least 32 pixels each, as 240x320 or 256")
     return int(parts[0]), int(parts[-1])
 
 

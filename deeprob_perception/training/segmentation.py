@@ -14,6 +14,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+import cv2
 import torch
 import torch.distributed as dist
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
@@ -21,7 +22,7 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel
 from torch.utils.data import DataLoader, DistributedSampler, RandomSampler
 
-from deeprob_perception.errors import DataError
+from deeprob_perception.errors import DataError, ModelError
 from deeprob_perception.nets.segmenter import IMAGENET_MEAN, IMAGENET_STD, SegmentationNet, build
 from deeprob_perception.segmentation.classes import ClassSet
 from deeprob_perception.segmentation.dataset import VOID, Sample, read_image, read_label
@@ -57,6 +58,7 @@ class Settings:
     threads: int = 0
     seed: int = 0
     eval_every: int = 0
+    eval_size: tuple[int, int] | None = None  # height and width that images are scored at; None: their own
     augmentation: Augmentation = field(default_factory=Augmentation)
 
 
@@ -85,6 +87,7 @@ def train(
     """Train, and leave `model.safetensors`, `last.pt` (to resume from), `log.csv` and `curves.png` in `out`.
 
     :param init: weights to start from (fine-tuning); tensors of other shapes, as a head for other classes, are left out.
+    :raises ModelError: when `init` has nothing of the backbone.
     :returns: the scores on `val_samples` (`iou`, `miou`, `pixel_accuracy`), or an empty dict without any.
     """
     rank, world = start_distributed()
@@ -102,7 +105,10 @@ def train(
     net = build(recipe, settings.drop_path).to(device, memory_format=torch.channels_last)
     if init is not None:
         own = net.state_dict()
-        net.load_state_dict({k: v for k, v in init.items() if k in own and own[k].shape == v.shape}, strict=False)
+        fitting = {k: v for k, v in init.items() if k in own and own[k].shape == v.shape}
+        if not any(k.startswith("backbone.") for k in fitting):
+            raise ModelError(f"the weights to start from have nothing of a {settings.backbone}: they are another network's")
+        net.load_state_dict(fitting, strict=False)
     averaged = Averaged(net, settings.ema_decay)
     data = CropDataset(train_samples, len(classes.names), settings.augmentation)
     sampler = DistributedSampler(data, drop_last=True) if world > 1 else RandomSampler(data)
@@ -163,7 +169,7 @@ def train(
             if lead:
                 rate = world * settings.batch_size * len(loader) / (time.perf_counter() - started)
                 evaluate = settings.eval_every and epoch % settings.eval_every == 0 and val_samples
-                miou = scores_of(averaged.module, val_samples, recipe)["miou"] if evaluate else None
+                miou = scores_of(averaged.module, val_samples, recipe, settings.eval_size)["miou"] if evaluate else None
                 row = (step, epoch, f"{schedules[0].get_last_lr()[0]:.3e}", f"{total_loss / len(loader):.4f}", f"{rate:.2f}",
                        "" if miou is None else f"{miou:.4f}")  # fmt: skip
                 with (out / "log.csv").open("a", newline="") as file:
@@ -182,7 +188,7 @@ def train(
         save_checkpoint(out / "model.safetensors", averaged.module.state_dict(), recipe)
         plot_log(out / "log.csv", out / "curves.png")
         if val_samples:
-            scores = scores_of(averaged.module, val_samples, recipe)
+            scores = scores_of(averaged.module, val_samples, recipe, settings.eval_size)
             (out / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
     if world > 1:
         dist.destroy_process_group()
@@ -230,17 +236,25 @@ def undo_class_weights(net: SegmentationNet, weight: Tensor, share: float = 1.0)
 
 
 @torch.inference_mode()
-def scores_of(net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any]) -> dict[str, Any]:
-    """Score a network on whole images: `iou`, `miou`, `pixel_accuracy`."""
+def scores_of(
+    net: SegmentationNet, samples: list[Sample], recipe: dict[str, Any], size: tuple[int, int] | None = None
+) -> dict[str, Any]:
+    """Score a network on whole images, resized to `size` as the exported model would: `iou`, `miou`, `pixel_accuracy`."""
     device = next(net.parameters()).device
     mean, std = (torch.tensor(recipe[k], device=device).reshape(1, 3, 1, 1) * 255 for k in ("mean", "std"))
     was_training = net.training
     net.eval()
     confusion = Confusion(len(recipe["classes"]))
     for sample in samples:
-        image = torch.from_numpy(read_image(sample.image)[:, :, ::-1].copy()).to(device)
-        logits = net((image.permute(2, 0, 1)[None].float() - mean) / std)
-        confusion.add(logits.argmax(1)[0].cpu().numpy(), read_label(sample.label, len(recipe["classes"])))
+        image = read_image(sample.image)
+        height, width = image.shape[:2]
+        if size is not None:
+            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if size[0] < height else cv2.INTER_LINEAR)
+        batch = torch.from_numpy(image[:, :, ::-1].copy()).to(device).permute(2, 0, 1)[None].float()
+        labels = net((batch - mean) / std).argmax(1)[0].to(torch.uint8).cpu().numpy()
+        if size is not None:
+            labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+        confusion.add(labels, read_label(sample.label, len(recipe["classes"])))
     net.train(was_training)
     return confusion.report(recipe["classes"])
 
@@ -296,8 +310,6 @@ def start_distributed() -> tuple[int, int]:
 
 def one_thread(_: int) -> None:
     """OpenCV's own threads in a loader's worker only take the cores from the training."""
-    import cv2
-
     cv2.setNumThreads(1)
 
 
