@@ -18,12 +18,14 @@ import pytest
 
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
+from deeprob_perception.bags.reader import BagMessage, Topic
 from deeprob_perception.demo import report
 from deeprob_perception.demo.processes import isolated_environment
-from deeprob_perception.demo.recording import Figures, Labels
+from deeprob_perception.demo.recording import Figures, Labels, pairs
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
-from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, deserialize, make_header, stamp_ns
-from deeprob_perception.messages.images import make_compressed, to_array, to_bgr
+from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize, stamp_ns
+from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
+from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.replay_tasks import OBJECT_MASK
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.scores import Confusion
@@ -240,3 +242,21 @@ def test_report_without_a_score_says_why(run: Run) -> None:
     path = run.out / "unscored.html"
     report.write(path, summary, figures, Labels(["a"], np.zeros((1, 3), np.uint8)), run.out / "overlay.mp4", {})
     assert "No score: the bag holds &lt;no&gt; true masks." in path.read_text()
+
+
+def test_masks_find_their_frames_and_frames_are_let_go() -> None:
+    image, mask = (Topic(name, IMAGE, 0) for name in ("/camera/image", MASK))
+
+    def message(topic: Topic, stamp: int) -> BagMessage:
+        raw = serialize(make_image(np.zeros((2, 2), np.uint8), "mono8", make_header(stamp, "camera")), IMAGE)
+        return BagMessage(topic, stamp, raw)
+
+    class Recorded:
+        def messages(self, topics: list[str]):
+            assert topics == ["/camera/image", MASK]
+            # 3 was overtaken, the recorder heard 4's mask before its frame, and 9 is of a frame that was not recorded.
+            for topic, stamp in ((image, 1), (image, 2), (mask, 1), (mask, 2), (image, 3), (mask, 4), (image, 4), (mask, 9)):
+                yield message(topic, stamp)
+
+    found = [(frame and stamp_of(frame.raw), stamp_of(mask.raw)) for frame, mask in pairs(Recorded(), "/camera/image")]
+    assert found == [(1, 1), (2, 2), (4, 4), (None, 9)]

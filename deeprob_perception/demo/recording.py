@@ -2,6 +2,8 @@
 """A recording of the demo -> figures and pictures: latency, score against the played bag's ground truth, video, sheet."""
 
 import hashlib
+from collections import deque
+from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,9 +14,11 @@ import numpy as np
 
 from deeprob_perception import contact_sheet
 from deeprob_perception.bags import open_bag
+from deeprob_perception.bags.reader import Bag, BagMessage
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
 from deeprob_perception.messages.images import to_array, to_bgr
+from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.replay import truth_topic
 from deeprob_perception.replay_tasks import MASK
 from deeprob_perception.segmentation import overlay
@@ -103,22 +107,20 @@ def read(recorded: Path, image_topic: str, truth: Truth, labels: Labels, video: 
         topics = {topic.name: topic for topic in bag.topics}
         if MASK not in topics or not topics[MASK].count:
             raise BagError(f"{recorded} has no message on {MASK}")
-        frames = {}
-        for message in bag.messages([image_topic]):
-            frames[stamp_ns(deserialize(message.raw, message.topic.msgtype).header)] = message
-        figures = Figures(frames=len(frames), seconds=(max(frames) - min(frames)) / 1e9 if frames else 0.0)
+        stamps = [stamp_of(message.raw) for message in bag.messages([image_topic])]
+        first = min(stamps, default=0)
+        figures = Figures(frames=len(set(stamps)), seconds=(max(stamps, default=0) - first) / 1e9)
         pictures = _Pictures(labels, truth, topics[MASK].count)
         with ExitStack() as stack:
             writer = stack.enter_context(VideoWriter(video, fps=figures.rate_in or 15.0, quality=26))
-            for message in bag.messages([MASK]):
+            for frame, message in pairs(bag, image_topic):
                 mask = deserialize(message.raw, message.topic.msgtype)
                 stamp = stamp_ns(mask.header)
-                frame = frames.get(stamp)
                 if frame is None:
                     raise BagError(f"{recorded}: a mask is stamped {stamp} ns, but no frame on {image_topic} is")
                 latency = (message.log_time - stamp) / 1e6
                 figures.latency.add(latency)
-                figures.series.append(((stamp - min(frames)) / 1e9, latency))
+                figures.series.append(((stamp - first) / 1e9, latency))
                 figures.masks += 1
                 writer.write(pictures.add(frame, to_array(mask), figures.series[-1][0]), stamp)
     figures.score, figures.unscored = pictures.score()
@@ -127,6 +129,26 @@ def read(recorded: Path, image_topic: str, truth: Truth, labels: Labels, video: 
     if not cv2.imwrite(str(sheet), figures.pictures["sheet"]):
         raise BagError(f"cannot write {sheet}")
     return figures
+
+
+def pairs(bag: Bag, image_topic: str) -> Iterator[tuple[BagMessage | None, BagMessage]]:
+    """Yield each mask behind the frame of its stamp, masks in their order; None for one that has no frame.
+
+    Frames are held until a mask of them or of a later one has come, no longer: a recording may be larger than memory.
+    """
+    frames: dict[int, BagMessage] = {}
+    masks: deque[tuple[int, BagMessage]] = deque()
+    for message in bag.messages([image_topic, MASK]):
+        stamp = stamp_of(message.raw)
+        if message.topic.name == image_topic:
+            frames[stamp] = message
+        else:
+            masks.append((stamp, message))
+        while masks and masks[0][0] in frames:  # the recorder may hear a mask before its frame
+            stamp, mask = masks.popleft()
+            yield frames[stamp], mask
+            frames = {other: frame for other, frame in frames.items() if other > stamp}
+    yield from ((None, mask) for _, mask in masks)
 
 
 class _Pictures:
