@@ -5,9 +5,7 @@
 """
 
 import json
-import time
 from collections.abc import Iterator
-from contextlib import ExitStack
 from dataclasses import dataclass, field
 from datetime import datetime
 from importlib.util import find_spec
@@ -19,11 +17,10 @@ from rich.table import Table
 
 from deeprob_perception import machine, zoo
 from deeprob_perception.demo import episodes as recorded_episodes
-from deeprob_perception.demo.processes import Diagnostics, Process, follow, isolated_environment, termination_as_interrupt
+from deeprob_perception.demo.processes import Diagnostics, Group
 from deeprob_perception.errors import PerceptionError
 
 START_LIMIT = 180.0  # seconds for all nodes to be ready; OpenVINO's first run compiles without its cache
-LOOK = 0.1
 KINDS = ("ball", "mug", "box", "cylinder")
 CAMERA, INFO, DEPTH = "/camera/image_raw", "/camera/camera_info", "/camera/depth/image_raw"
 MASK, LABELS, GOAL = "/segmentation/mask", "/segmentation/label_info", "/target/goal"
@@ -70,28 +67,11 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
             old.unlink()
     except OSError as error:
         raise PerceptionError(f"cannot write to {options.out}: {error.strerror}; name another folder with --out") from error
-    with ExitStack() as stack:
-        stack.enter_context(termination_as_interrupt())
-        environment = isolated_environment() | {"LP_NUM_THREADS": "1"}  # Mesa's threads would take the nodes' cores
-        running: list[Process] = []
-
-        def begin(name: str, *command: str, piped: bool = False) -> Process:
-            process = Process(name, logs / f"{name}.log", environment, *command, piped=piped)
-            running.append(process)
-            return stack.enter_context(process)
-
-        def check() -> None:
-            for process in running:
-                if process.status is not None and process.name != "episodes":
-                    raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
-                                          f"{process.last_words()} (log: {process.log})")
-
-        nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
-        follow(begin("watch", "deeprob_perception.nodes.watch", piped=True), list(nodes.values()))
-        recorder = None
-        if record is not None:
-            topics = [word for topic in RECORDED for word in ("--topics", topic)]
-            recorder = begin("recorder", "deeprob_perception", "record", str(record), *topics)
+    nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
+    # Mesa's threads would take the nodes' cores.
+    with Group(logs, list(nodes.values()), LP_NUM_THREADS="1") as group:
+        recorder = None if record is None else group.record(record, RECORDED)
+        begin = group.begin
         begin("robot_cell", "deeprob_perception.nodes.robot_cell", *ros(
             {"robot": options.robot, "tip": options.tip, "seed": str(options.seed), "target_class": options.kinds[0]},
             {"joint_trajectory": COMMANDS}))  # fmt: skip
@@ -103,31 +83,27 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
             {"mask": MASK, "label_info": LABELS, "depth": DEPTH, "camera_info": INFO}))  # fmt: skip
         begin("policy", "deeprob_perception.nodes.policy", *ros(
             {"model": str(policy), "tip": options.tip or "tool", **options.policy_options}, {"goal": GOAL}))
+
+        def ready() -> bool:
+            masks, seen = nodes["segmentation"].number("output", "published"), nodes["target"].number("input", "masks")
+            return bool(masks and seen and nodes["policy"].text("input", "robot"))
+
         with console.status("starting the robot cell and the nodes"):
-            deadline = time.monotonic() + START_LIMIT
-            while not (nodes["segmentation"].number("output", "published") and nodes["policy"].text("input", "robot")
-                       and nodes["target"].number("input", "masks")):  # fmt: skip
-                check()
-                for node in nodes.values():
-                    if failure := node.failure():
-                        raise PerceptionError(f"the {node.node} node is {failure}")
-                if time.monotonic() > deadline:
-                    raise PerceptionError(f"the nodes were not ready within {START_LIMIT:g} s (logs in {logs})")
-                time.sleep(LOOK)
+            group.wait(ready, START_LIMIT, lambda: f"the nodes were not ready within {START_LIMIT:g} s (logs in {logs})")
         judge = begin("episodes", "deeprob_perception.nodes.episodes", "--episodes", str(options.episodes), "--seconds",
-                      str(options.seconds), "--kinds", ",".join(options.kinds), piped=True)  # fmt: skip
+                      str(options.seconds), "--kinds", ",".join(options.kinds), piped=True, may_end=True)  # fmt: skip
         assert judge.popen.stdout is not None
         done = 0
         for line in judge.popen.stdout:
-            check()
+            group.check()
             done += 1
             yield json.loads(line)
         if done < options.episodes:
             judge.popen.wait()
-            check()
+            group.check()
             raise PerceptionError(f"after {done} of {options.episodes} episodes: {judge.last_words()} (logs in {logs})")
-        if recorder is not None and (status := recorder.stop()) != 0:
-            raise PerceptionError(f"the recorder ended with status {status}: {recorder.last_words()}")
+        if recorder is not None:
+            group.finish(recorder)
 
 
 def ros(parameters: dict[str, str], remaps: dict[str, str]) -> list[str]:

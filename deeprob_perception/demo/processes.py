@@ -6,14 +6,18 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, suppress
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
+from deeprob_perception.errors import PerceptionError
+
 # Seconds that a process has to end after a signal; the recorder still writes its index then.
 PATIENCE = 20.0
+LOOK = 0.1  # seconds between two looks at what is waited for
 
 
 def isolated_environment() -> dict[str, str]:
@@ -118,21 +122,6 @@ class Diagnostics:
         return stages
 
 
-def follow(watch: Process, nodes: Sequence[Diagnostics]) -> None:
-    """Keep the diagnostics of nodes new, from what the process `nodes.watch` prints, in a thread of its own."""
-    lines = watch.popen.stdout
-    assert lines is not None
-
-    def read() -> None:
-        with suppress(ValueError):  # the pipe is closed under us at the end
-            for line in lines:
-                statuses = json.loads(line)
-                for node in nodes:
-                    node.take(statuses)
-
-    Thread(target=read, daemon=True).start()
-
-
 @contextmanager
 def termination_as_interrupt() -> Iterator[None]:
     """Let SIGTERM raise KeyboardInterrupt within the block, so that the processes are cleaned up then too."""
@@ -145,3 +134,74 @@ def termination_as_interrupt() -> Iterator[None]:
         yield
     finally:
         signal.signal(signal.SIGTERM, before)
+
+
+class Group:
+    """Child processes in a DDS domain of their own, with a log each in `logs`, which all end when the block does.
+
+    SIGTERM ends it like an interrupt. One that ends on its own is an error at the next `check`, unless it was begun with
+    `may_end`; so is a node that reports that it has failed.
+    """
+
+    def __init__(self, logs: Path, nodes: Sequence[Diagnostics], **environment: str):
+        self.logs, self.nodes = logs, nodes
+        self._environment = isolated_environment() | environment
+        self._running: list[tuple[Process, bool]] = []
+        self._stack = ExitStack()
+
+    def __enter__(self) -> "Group":
+        self._stack.enter_context(termination_as_interrupt())
+        self._follow(self.begin("watch", "deeprob_perception.nodes.watch", piped=True))
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self._stack.close()
+
+    def begin(self, name: str, *command: str, piped: bool = False, may_end: bool = False) -> Process:
+        """Start `python -m COMMAND ...`; `piped`: its stdout is for the caller to read."""
+        process = Process(name, self.logs / f"{name}.log", self._environment, *command, piped=piped)
+        self._running.append((process, may_end))
+        return self._stack.enter_context(process)
+
+    def record(self, bag: Path, topics: Sequence[str]) -> Process:
+        """Start a recorder of these topics."""
+        return self.begin("recorder", "deeprob_perception", "record", str(bag),
+                          *(word for topic in topics for word in ("--topics", topic)))
+
+    def finish(self, process: Process) -> None:
+        """Interrupt a process and wait for it; what it writes is whole then. :raises PerceptionError: for its status."""
+        if (status := process.stop()) != 0:
+            raise PerceptionError(f"the {process.name} ended with status {status}: {process.last_words()}")
+
+    def check(self) -> None:
+        """:raises PerceptionError: when a process has ended, or a node cannot load its model."""
+        for node in self.nodes:
+            if failure := node.failure():
+                raise PerceptionError(f"the {node.node} node is {failure}")
+        for process, may_end in self._running:
+            if not may_end and process.status is not None:
+                raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
+                                      f"{process.last_words()} (log: {process.log})")
+
+    def wait(self, ready: Callable[[], bool], limit: float, otherwise: Callable[[], str]) -> None:
+        """Return when `ready`. :raises PerceptionError: as `check`, or with what `otherwise` returns after `limit` seconds."""
+        deadline = time.monotonic() + limit
+        while not ready():
+            self.check()
+            if time.monotonic() > deadline:
+                raise PerceptionError(otherwise())
+            time.sleep(LOOK)
+
+    def _follow(self, watch: Process) -> None:
+        """Keep the nodes' diagnostics new, from what the process `nodes.watch` prints, in a thread of its own."""
+        lines = watch.popen.stdout
+        assert lines is not None
+
+        def read() -> None:
+            with suppress(ValueError):  # the pipe is closed under us at the end
+                for line in lines:
+                    statuses = json.loads(line)
+                    for node in self.nodes:
+                        node.take(statuses)
+
+        Thread(target=read, daemon=True).start()

@@ -3,8 +3,6 @@
 
 import json
 import time
-from collections.abc import Callable
-from contextlib import ExitStack
 from dataclasses import dataclass
 from datetime import datetime
 from importlib.util import find_spec
@@ -21,7 +19,7 @@ from rich.text import Text
 from deeprob_perception import machine, zoo
 from deeprob_perception.bags import Topic, open_bag
 from deeprob_perception.demo import recording, report, tracks
-from deeprob_perception.demo.processes import Diagnostics, Process, follow, isolated_environment, termination_as_interrupt
+from deeprob_perception.demo.processes import LOOK, Diagnostics, Group
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -38,7 +36,6 @@ POINTED_AT = ("ball", "mug")
 START_LIMIT = 180.0
 # After the last frame: an inference, and two readings of the diagnostics (1 Hz) that no longer differ.
 SETTLE_LIMIT = 15.0
-LOOK = 0.1
 
 
 @dataclass
@@ -93,10 +90,10 @@ def run(options: Options, console: Console) -> Outcome:
     objects = plant(options, truth, files.seed) if options.tracking else {}
     outputs = [MASK, LABEL_INFO, "/diagnostics", *(tracks.WANTED if options.tracking else ())]
 
-    with ExitStack() as stack:
-        stack.enter_context(termination_as_interrupt())
-        demo = _Processes(stack, files.logs, console)
-        demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded, options.tracking)
+    nodes = [Diagnostics(name) for name in (NODE, *((TRACKING,) if options.tracking else ()))]
+    with Group(files.logs, nodes) as group:
+        demo = _Demo(group, console)
+        demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded)
         if objects:
             demo.seed(files.seed)
         demo.play(bag_path, 1 + len(inputs) + options.tracking, options.seconds)
@@ -104,9 +101,7 @@ def run(options: Options, console: Console) -> Outcome:
         stages, counters = demo.diagnostics.percentiles(), demo.counters()
         facts = {key: demo.diagnostics.text("model", key)
                  for key in ("name", "sha256", "backend", "precision", "device", "input")}
-        followed = {"stages": demo.tracking.percentiles(), "model": demo.tracking.text("model", "name"),
-                    "backend": demo.tracking.text("model", "backend"), "precision": demo.tracking.text("model", "precision"),
-                    "dropped": int(demo.tracking.number("input", "dropped"))}
+        followed = demo.followed()
         demo.end()
 
     with console.status("reading the recording"):
@@ -192,56 +187,47 @@ class _Files:
             raise PerceptionError(f"cannot write to {self.out}: {error.strerror}; name another folder with --out") from error
 
 
-class _Processes:
-    """Recorder, watcher, nodes and player, and what is known of them."""
+class _Demo:
+    """Recorder, nodes and player while they run, and what is known of them."""
 
-    def __init__(self, stack: ExitStack, logs: Path, console: Console):
-        self._stack, self._logs, self._console = stack, logs, console
-        self._environment = isolated_environment()
-        self._running: list[Process] = []
-        self.diagnostics, self.tracking = Diagnostics(NODE), Diagnostics(TRACKING)
-        self._nodes = [self.diagnostics]
+    def __init__(self, group: Group, console: Console):
+        self._group, self._console = group, console
+        self.diagnostics = group.nodes[0]
+        self.tracking = group.nodes[1] if len(group.nodes) > 1 else None
 
-    def _begin(self, name: str, *command: str, piped: bool = False) -> Process:
-        process = Process(name, self._logs / f"{name}.log", self._environment, *command, piped=piped)
-        self._running.append(process)
-        return self._stack.enter_context(process)
-
-    def start(self, model: Path, backend: str, image: Topic, topics: list[str], recorded: Path,
-              tracking: bool) -> None:
+    def start(self, model: Path, backend: str, image: Topic, topics: list[str], recorded: Path) -> None:
         """Start all but the player and return when the nodes are active and the recorder hears them."""
-        self._recorder = self._begin("recorder", "deeprob_perception", "record", str(recorded),
-                                     *(word for topic in topics for word in ("--topics", topic)))
-        follow(self._begin("watch", "deeprob_perception.nodes.watch", piped=True), (self.diagnostics, self.tracking))
+        self._recorder = self._group.record(recorded, topics)
         compressed = image.msgtype == COMPRESSED_IMAGE
         camera = ("-r", f"image:={image.name.removesuffix('/compressed') if compressed else image.name}",
                   "-p", f"image_transport:={'compressed' if compressed else 'raw'}", "-p", f"backend:={backend}")
-        self._begin(NODE, "deeprob_perception.nodes.segmentation", "--ros-args", *camera, "-p", f"model:={model}")
-        if tracking:
-            self._nodes.append(self.tracking)
-            self._begin(TRACKING, "deeprob_perception.nodes.tracking", "--ros-args", *camera)
+        self._group.begin(NODE, "deeprob_perception.nodes.segmentation", "--ros-args", *camera, "-p", f"model:={model}")
+        if self.tracking:
+            self._group.begin(TRACKING, "deeprob_perception.nodes.tracking", "--ros-args", *camera)
         with self._console.status(f"starting recorder and node, loading {model.name}"):
-            self._wait(lambda: "mask" in self.diagnostics.text("output", "listened_to").split(), START_LIMIT,
-                       "the segmentation node did not get ready")
-            if tracking:
-                self._wait(lambda: {"tracks", "features_rgb"} <= set(self.tracking.text("output", "listened_to").split()),
-                           START_LIMIT, "the tracking node did not get ready")
+            self._until_heard(self.diagnostics, {"mask"})
+            if self.tracking:
+                self._until_heard(self.tracking, {"tracks", "features_rgb"})
+
+    def _until_heard(self, node: Diagnostics, outputs: set[str]) -> None:
+        self._group.wait(lambda: outputs <= set(node.text("output", "listened_to").split()), START_LIMIT,
+                         lambda: f"the {node.node} node did not get ready within {START_LIMIT:g} s; {self.hint()}")
 
     def seed(self, mask: Path) -> None:
         """Tell the tracking node what to track from the first frame on."""
-        seeding = self._begin("seed", "deeprob_perception", "seed", "--mask", str(mask), "--timeout", "60")
+        seeding = self._group.begin("seed", "deeprob_perception", "seed", "--mask", str(mask), "--timeout", "60", may_end=True)
         if seeding.popen.wait() != 0:
             raise PerceptionError(f"the objects could not be given to the tracking node: {seeding.last_words()}")
 
     def play(self, bag: Path, listeners: int, seconds: float | None) -> None:
         """Play the bag as soon as it has so many subscriptions; show how the node does until it or `seconds` are over."""
-        player = self._begin("player", "deeprob_perception", "play", str(bag), "--restamp",
-                             "--wait-for-subscribers", str(listeners), "--wait-timeout", str(START_LIMIT))
+        player = self._group.begin("player", "deeprob_perception", "play", str(bag), "--restamp", "--wait-for-subscribers",
+                                   str(listeners), "--wait-timeout", str(START_LIMIT), may_end=True)
         started: float | None = None
         shown = 0.0
         with Live(console=self._console, refresh_per_second=4, transient=not self._console.is_terminal) as live:
             while player.status is None:
-                self._check(but=player)
+                self._group.check()
                 now = time.monotonic()
                 if started is None and self.diagnostics.number("input", "received"):
                     started = now
@@ -261,12 +247,12 @@ class _Processes:
     def settle(self) -> None:
         """Return when the nodes have worked off what they received, by two equal readings, or after SETTLE_LIMIT."""
         deadline = time.monotonic() + SETTLE_LIMIT
-        before, counts = [-1.0], [node.count for node in self._nodes]
+        before, counts = [-1.0], [node.count for node in self._group.nodes]
         while time.monotonic() < deadline:
-            self._check()
-            if all(node.count > count for node, count in zip(self._nodes, counts, strict=True)):
-                counts = [node.count for node in self._nodes]
-                now = [node.number("output", "published") for node in self._nodes]
+            self._group.check()
+            if all(node.count > count for node, count in zip(self._group.nodes, counts, strict=True)):
+                counts = [node.count for node in self._group.nodes]
+                now = [node.number("output", "published") for node in self._group.nodes]
                 if now == before:
                     return
                 before = now
@@ -278,36 +264,24 @@ class _Processes:
         named["unheard"] = ("output", "unheard")
         return {name: int(self.diagnostics.number(*place)) for name, place in named.items()}
 
+    def followed(self) -> dict[str, Any]:
+        """Return what the tracking node says of itself; {} without one."""
+        node = self.tracking
+        if node is None:
+            return {}
+        return {"stages": node.percentiles(), **{key: node.text("model", key) for key in ("backend", "precision")},
+                "model": node.text("model", "name"), "dropped": int(node.number("input", "dropped"))}
+
     def end(self) -> None:
         """End the recorder first, so that it does not record the end of the others; its file is whole after this."""
         with self._console.status("writing the recording"):
-            status = self._recorder.stop()
-        if status != 0:
-            raise PerceptionError(f"the recorder ended with status {status}: {self._recorder.last_words()}")
+            self._group.finish(self._recorder)
 
     def hint(self) -> str:
         """Return what the node itself says about why there is no output, and where its log is."""
         because = (self.diagnostics.text("input", "last_failure") or self.diagnostics.failure()
                    or self.diagnostics.text("output", "no_output_because"))
-        return f"the node says: {because or 'nothing'} (logs in {self._logs})"
-
-    def _wait(self, ready: Callable[[], bool], limit: float, otherwise: str) -> None:
-        deadline = time.monotonic() + limit
-        while not ready():
-            self._check()
-            if time.monotonic() > deadline:
-                raise PerceptionError(f"{otherwise} within {limit:g} s; {self.hint()}")
-            time.sleep(LOOK)
-
-    def _check(self, but: Process | None = None) -> None:
-        """Raise if a process died or the node cannot load its model."""
-        for node in self._nodes:
-            if failure := node.failure():
-                raise PerceptionError(f"the {node.node} node is {failure}")
-        for process in self._running:
-            if process is not but and process.name not in ("player", "seed") and process.status is not None:
-                raise PerceptionError(f"the process {process.name} ended with status {process.status}: "
-                                      f"{process.last_words()} (log: {process.log})")
+        return f"the node says: {because or 'nothing'} (logs in {self._group.logs})"
 
     def _line(self, elapsed: float) -> Text:
         number = self.diagnostics.number
