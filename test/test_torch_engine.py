@@ -12,7 +12,7 @@ torch = pytest.importorskip("torch", reason="the back end torch needs torch (ext
 
 from test_engines import pictures  # noqa: E402
 
-from deeprob_perception import engines, program  # noqa: E402
+from deeprob_perception import engines, program, zoo  # noqa: E402
 from deeprob_perception.engines import store  # noqa: E402
 from deeprob_perception.errors import EngineError  # noqa: E402
 
@@ -111,3 +111,8 @@ def test_a_refused_capture_is_said_and_operators_run_one_by_one(tiny_model, tmp_
     engine = engines.load(tiny_model, "torch", "fp32", tmp_path)
     assert engine(image=pictures(1))["labels"].shape == (1, 96, 128)
     assert "no CUDA graph (operation not permitted" in caplog.text
+
+
+def test_a_policy_is_refused_by_what_it_takes():
+    with pytest.raises(EngineError, match=r"reach\.onnx takes tokens, .*: the torch back end runs networks on images"):
+        engines.load(zoo.resolve("reach"), backend="torch")

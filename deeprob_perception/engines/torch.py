@@ -53,6 +53,9 @@ class TorchEngine(Engine):
 
     def __init__(self, model: ModelFile, precision: str, cache_dir: Path | None, threads: int):
         super().__init__(model, precision)
+        if [spec.name for spec in self.inputs] != ["image"]:
+            taken = ", ".join(spec.name for spec in self.inputs)
+            raise EngineError(f"{model.path} takes {taken}: the torch back end runs networks on images; take another one")
         import torch
 
         self._torch = torch
