@@ -381,3 +381,13 @@ def test_sample_bag_is_what_its_recipe_makes(renderer, sample):
         for (_, message), (_, shipped) in zip(made[topic], sample[topic], strict=False):
             new, old = _picture(message).astype(int), _picture(shipped).astype(int)
             assert np.mean(np.abs(new - old) <= (0 if topic == MASK else 12)) >= least
+
+
+def test_an_unstable_simulation_is_logged_and_leaves_no_file(tmp_path, monkeypatch, caplog):
+    monkeypatch.chdir(tmp_path)
+    caplog.set_level("INFO")
+    model = mujoco.MjModel.from_xml_string("<mujoco><worldbody><body><freejoint/><geom size='1'/></body></worldbody></mujoco>")
+    data = mujoco.MjData(model)
+    data.qvel[0] = np.inf
+    mujoco.mj_step(model, data)
+    assert "QVEL" in caplog.text and not list(tmp_path.iterdir())
