@@ -24,8 +24,8 @@ from deeprob_perception.demo.processes import isolated_environment
 from deeprob_perception.demo.recording import Figures, Labels, pairs
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize, stamp_ns
+from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
-from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.replay_tasks import OBJECT_MASK
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.scores import Confusion

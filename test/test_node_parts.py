@@ -15,9 +15,9 @@ from hypothesis import strategies as st
 
 from deeprob_perception.errors import MessageError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, message, serialize, stamp_ns
+from deeprob_perception.messages.headers import has_header, restamped, stamp_of
 from deeprob_perception.nodes import dds
 from deeprob_perception.nodes.diagnosis import Facts, Level, causes
-from deeprob_perception.nodes.headers import has_header, restamped, stamp_of
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
 from deeprob_perception.nodes.traffic import Rate, Stamps, Traffic
 
@@ -193,7 +193,8 @@ def test_the_shared_memory_segment_fits_the_room_there_is(monkeypatch, tmp_path,
 
 
 def test_parts_without_ros_import_no_ros_and_no_torch():
-    modules = "slot, traffic, diagnosis, headers, dds"
-    code = f"import sys; from deeprob_perception.nodes import {modules}; print(sorted({{'rclpy', 'torch'}} & set(sys.modules)))"
+    nodes, messages = "from deeprob_perception.nodes import", "from deeprob_perception.messages import"
+    parts = f"{nodes} slot, traffic, diagnosis, dds; {messages} headers"
+    code = f"import sys; {parts}; print(sorted({{'rclpy', 'torch'}} & set(sys.modules)))"
     out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=True)
     assert out.stdout.strip() == "[]"

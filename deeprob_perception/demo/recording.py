@@ -17,8 +17,8 @@ from deeprob_perception.bags import open_bag
 from deeprob_perception.bags.reader import Bag, BagMessage
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
+from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import to_array, to_bgr
-from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.replay import truth_topic
 from deeprob_perception.replay_tasks import MASK
 from deeprob_perception.segmentation import overlay

@@ -26,10 +26,10 @@ from sensor_msgs.msg import CompressedImage, Image
 from deeprob_perception import engines, zoo
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize
+from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
 from deeprob_perception.nodes.diagnostics import Diagnostics
 from deeprob_perception.nodes.engine_source import EngineSource, Wish
-from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace

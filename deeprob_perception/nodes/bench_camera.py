@@ -20,9 +20,9 @@ from sensor_msgs.msg import CompressedImage, Image
 
 from deeprob_perception.bags import open_bag
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize
+from deeprob_perception.messages.headers import restamped
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
 from deeprob_perception.nodes.dds import use_large_image_profile
-from deeprob_perception.nodes.headers import restamped
 
 FRAME_ID = "bench_optical_frame"
 PICTURES = 30  # kept in memory: 28 MB of 640x480 bgr8

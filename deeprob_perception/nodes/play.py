@@ -20,9 +20,9 @@ from rosgraph_msgs.msg import Clock as ClockMessage
 from deeprob_perception.bags import Bag, Topic, open_bag
 from deeprob_perception.errors import BagError, PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, serialize
+from deeprob_perception.messages.headers import has_header, restamped
 from deeprob_perception.messages.images import make_image, to_array
 from deeprob_perception.nodes.dds import use_large_image_profile
-from deeprob_perception.nodes.headers import has_header, restamped
 
 log = logging.getLogger(__name__)
 CLOCK_PERIOD = 0.01  # seconds between messages on /clock, as `ros2 bag play --clock 100`

@@ -21,9 +21,9 @@ from std_msgs.msg import String
 
 from deeprob_perception.errors import PerceptionError, TargetError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize
+from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import to_array
 from deeprob_perception.nodes.base import LATCHED, OUTPUT, SENSOR
-from deeprob_perception.nodes.headers import stamp_of
 from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.target_diagnostics import TargetDiagnostics
