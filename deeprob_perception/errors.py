@@ -47,6 +47,7 @@ class TargetError(PerceptionError):
 
 
 def describe(error: Exception) -> str:
-    """Return an error in one line; one that was not raised on purpose with its type before it."""
-    text = str(error).splitlines()[0] if str(error) else ""
-    return text if isinstance(error, PerceptionError) else f"{type(error).__name__}: {text}"
+    """Return what a user is told of an error: all of one that was raised on purpose, type and first line of another."""
+    if isinstance(error, PerceptionError):
+        return str(error)
+    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import ExitStack
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
@@ -18,12 +19,11 @@ import pytest
 
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
-from deeprob_perception.bags.reader import BagMessage, Topic
 from deeprob_perception.demo import report
 from deeprob_perception.demo.processes import isolated_environment
-from deeprob_perception.demo.recording import Figures, Labels, pairs
+from deeprob_perception.demo.recording import ByStamp, Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
-from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, serialize, stamp_ns
+from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, stamp_ns
 from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
 from deeprob_perception.replay_tasks import OBJECT_MASK
@@ -244,19 +244,18 @@ def test_report_without_a_score_says_why(run: Run) -> None:
     assert "No score: the bag holds &lt;no&gt; true masks." in path.read_text()
 
 
-def test_masks_find_their_frames_and_frames_are_let_go() -> None:
-    image, mask = (Topic(name, IMAGE, 0) for name in ("/camera/image", MASK))
-
-    def message(topic: Topic, stamp: int) -> BagMessage:
-        raw = serialize(make_image(np.zeros((2, 2), np.uint8), "mono8", make_header(stamp, "camera")), IMAGE)
-        return BagMessage(topic, stamp, raw)
-
-    class Recorded:
-        def messages(self, topics: list[str]):
-            assert topics == ["/camera/image", MASK]
-            # 3 was overtaken, the recorder heard 4's mask before its frame, and 9 is of a frame that was not recorded.
-            for topic, stamp in ((image, 1), (image, 2), (mask, 1), (mask, 2), (image, 3), (mask, 4), (image, 4), (mask, 9)):
-                yield message(topic, stamp)
-
-    found = [(frame and stamp_of(frame.raw), stamp_of(mask.raw)) for frame, mask in pairs(Recorded(), "/camera/image")]
+def test_masks_find_their_frames_and_frames_are_let_go(tmp_path: Path) -> None:
+    bag = tmp_path / "recorded.mcap"
+    with BagWriter(bag) as writer:
+        for topic in (CAMERA, MASK):
+            writer.add_topic(topic, IMAGE)
+        # 3 was overtaken, the recorder heard 4's mask before its frame, and 9 is of a frame that was not recorded.
+        order = ((CAMERA, 1), (CAMERA, 2), (MASK, 1), (MASK, 2), (CAMERA, 3), (MASK, 4), (CAMERA, 4), (MASK, 9))
+        for time_, (topic, stamp) in enumerate(order):
+            writer.write(topic, time_, make_image(np.zeros((2, 2), np.uint8), "mono8", make_header(stamp, "camera")))
+    with ExitStack() as stack:
+        frames = ByStamp(stack, bag, CAMERA)
+        masks = stack.enter_context(open_bag(bag)).messages([MASK])
+        stamps = [stamp_of(mask.raw) for mask in masks]
+        found = [(frame and stamp_ns(frame.header), stamp) for stamp in stamps for frame in (frames.at(stamp),)]
     assert found == [(1, 1), (2, 2), (4, 4), (None, 9)]

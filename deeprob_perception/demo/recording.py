@@ -2,8 +2,6 @@
 """A recording of the demo -> figures and pictures: latency, score against the played bag's ground truth, video, sheet."""
 
 import hashlib
-from collections import deque
-from collections.abc import Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,6 @@ import numpy as np
 
 from deeprob_perception import contact_sheet
 from deeprob_perception.bags import open_bag
-from deeprob_perception.bags.reader import Bag, BagMessage
 from deeprob_perception.errors import BagError, MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
 from deeprob_perception.messages.headers import stamp_of
@@ -113,16 +110,18 @@ def read(recorded: Path, image_topic: str, truth: Truth, labels: Labels, video: 
         pictures = _Pictures(labels, truth, topics[MASK].count)
         with ExitStack() as stack:
             writer = stack.enter_context(VideoWriter(video, fps=figures.rate_in or 15.0, quality=26))
-            for frame, message in pairs(bag, image_topic):
+            frames = ByStamp(stack, recorded, image_topic)
+            for message in bag.messages([MASK]):
                 mask = deserialize(message.raw, message.topic.msgtype)
                 stamp = stamp_ns(mask.header)
-                if frame is None:
+                camera = frames.at(stamp)
+                if camera is None:
                     raise BagError(f"{recorded}: a mask is stamped {stamp} ns, but no frame on {image_topic} is")
                 latency = (message.log_time - stamp) / 1e6
                 figures.latency.add(latency)
                 figures.series.append(((stamp - first) / 1e9, latency))
                 figures.masks += 1
-                writer.write(pictures.add(frame, to_array(mask), figures.series[-1][0]), stamp)
+                writer.write(pictures.add(camera, to_array(mask), figures.series[-1][0]), stamp)
     figures.score, figures.unscored = pictures.score()
     figures.pictures["poster"] = pictures.poster
     figures.pictures["sheet"] = pictures.sheet(f"{image_topic}: {figures.masks} masks")
@@ -131,24 +130,23 @@ def read(recorded: Path, image_topic: str, truth: Truth, labels: Labels, video: 
     return figures
 
 
-def pairs(bag: Bag, image_topic: str) -> Iterator[tuple[BagMessage | None, BagMessage]]:
-    """Yield each mask behind the frame of its stamp, masks in their order; None for one that has no frame.
+class ByStamp:
+    """Messages of one topic, asked for by stamps that rise: one at a time in memory, for images of a long bag fill it."""
 
-    Frames are held until a mask of them or of a later one has come, no longer: a recording may be larger than memory.
-    """
-    frames: dict[int, BagMessage] = {}
-    masks: deque[tuple[int, BagMessage]] = deque()
-    for message in bag.messages([image_topic, MASK]):
-        stamp = stamp_of(message.raw)
-        if message.topic.name == image_topic:
-            frames[stamp] = message
-        else:
-            masks.append((stamp, message))
-        while masks and masks[0][0] in frames:  # the recorder may hear a mask before its frame
-            stamp, mask = masks.popleft()
-            yield frames[stamp], mask
-            frames = {other: frame for other, frame in frames.items() if other > stamp}
-    yield from ((None, mask) for _, mask in masks)
+    def __init__(self, stack: ExitStack, recorded: Path, topic: str):
+        self._messages = stack.enter_context(open_bag(recorded)).messages([topic])
+        self._next: Any = None
+        self._advance()
+
+    def _advance(self) -> None:
+        message = next(self._messages, None)
+        self._next = None if message is None else deserialize(message.raw, message.topic.msgtype)
+
+    def at(self, stamp: int) -> Any:
+        """Return the message of this stamp, or None."""
+        while self._next is not None and stamp_ns(self._next.header) < stamp:
+            self._advance()
+        return self._next if self._next is not None and stamp_ns(self._next.header) == stamp else None
 
 
 class _Pictures:
@@ -165,9 +163,8 @@ class _Pictures:
         self.poster = np.zeros((1, 1, 3), np.uint8)
         self._middle = total // 2
 
-    def add(self, frame: Any, mask: np.ndarray, seconds: float) -> np.ndarray:
-        """Take a frame and its mask (`[H, W]`); return the overlay, uint8 `[H, W, 3]` BGR."""
-        camera = deserialize(frame.raw, frame.topic.msgtype)
+    def add(self, camera: Any, mask: np.ndarray, seconds: float) -> np.ndarray:
+        """Take a camera's message and its mask (`[H, W]`); return the overlay, uint8 `[H, W, 3]` BGR."""
         bgr = to_bgr(camera)
         drawn = overlay.draw(bgr, mask, self._labels.palette)
         cells = [bgr, drawn]

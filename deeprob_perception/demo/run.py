@@ -90,7 +90,7 @@ def run(options: Options, console: Console) -> Outcome:
     objects = plant(options, truth, files.seed) if options.tracking else {}
     outputs = [MASK, LABEL_INFO, "/diagnostics", *(tracks.WANTED if options.tracking else ())]
 
-    nodes = [Diagnostics(name) for name in (NODE, *((TRACKING,) if options.tracking else ()))]
+    nodes = [Diagnostics(name) for name in ([NODE, TRACKING] if options.tracking else [NODE])]
     with Group(files.logs, nodes) as group:
         demo = _Demo(group, console)
         demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded)

@@ -10,7 +10,7 @@ import cv2
 import numpy as np
 
 from deeprob_perception.bags import open_bag
-from deeprob_perception.demo.recording import Truth, digest
+from deeprob_perception.demo.recording import ByStamp, Truth, digest
 from deeprob_perception.errors import MessageError
 from deeprob_perception.messages.cdr import deserialize, stamp_ns
 from deeprob_perception.messages.clouds import read_tracks
@@ -79,7 +79,7 @@ def read(recorded: Path, image_topic: str, truth: Truth, objects: dict[int, str]
         total = next((topic.count for topic in bag.topics if topic.name == TRACKS), 0)
         if not total:
             return None
-        frames, masks, colours = (_ByStamp(stack, recorded, name) for name in (image_topic, OBJECT_MASK, FEATURES_RGB))
+        frames, masks, colours = (ByStamp(stack, recorded, name) for name in (image_topic, OBJECT_MASK, FEATURES_RGB))
         writer = stack.enter_context(VideoWriter(video, fps=15.0, quality=27))
         for message in bag.messages([TRACKS]):
             cloud = deserialize(message.raw, message.topic.msgtype)
@@ -110,25 +110,6 @@ def read(recorded: Path, image_topic: str, truth: Truth, objects: dict[int, str]
         values = confusion.iou()
         found.iou = {name: None if np.isnan(values[i]) else float(values[i]) for i, name in objects.items()}
     return found if found.frames else None
-
-
-class _ByStamp:
-    """Messages of one topic, asked for by stamps that rise: one at a time in memory, for images of a long bag fill it."""
-
-    def __init__(self, stack: ExitStack, recorded: Path, topic: str):
-        self._messages = stack.enter_context(open_bag(recorded)).messages([topic])
-        self._next: Any = None
-        self._advance()
-
-    def _advance(self) -> None:
-        message = next(self._messages, None)
-        self._next = None if message is None else deserialize(message.raw, message.topic.msgtype)
-
-    def at(self, stamp: int) -> Any:
-        """Return the message of this stamp, or None."""
-        while self._next is not None and stamp_ns(self._next.header) < stamp:
-            self._advance()
-        return self._next if self._next is not None and stamp_ns(self._next.header) == stamp else None
 
 
 def _pixels(image: Any) -> np.ndarray | None:

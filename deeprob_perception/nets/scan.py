@@ -4,10 +4,10 @@
 Its heart is the linear recurrence h[t] = a[t] h[t-1] + b[t], computed here in two levels without a division: time is cut
 into P blocks of Q steps, the blocks run side by side from a state of zero, a scan over the blocks' ends gives the state that
 each should have begun with, and what that adds is its product with the block's running product of a. All factors are at
-most 1, so that what vanishes vanishes rightly. Three forms of it, equal by test:
+most 1, so that what vanishes vanishes rightly. Three forms of it, and one without blocks, equal by test:
 
-- on a CPU, step after step, all blocks in one operation: 2 sqrt(L) operations with Q near sqrt(L), and little memory traffic
-  (`selective_scan`, whose steps have states enough to be worth an operation each, goes through all L of them instead);
+- on a CPU, step after step, all blocks in one operation: 2 sqrt(L) operations with Q near sqrt(L), and little memory traffic;
+- on a CPU in `selective_scan`, whose steps have states enough to be worth an operation each: all L steps, one by one;
 - on a GPU, associative doubling in blocks and over them: about log2(L) operations, each over everything;
 - exported, blocks of 8 steps unrolled and doubling over their ends: plain ONNX operators, static shapes, few passes.
 

@@ -53,14 +53,22 @@ class Segmenter:
         image = bgr
         if not same:
             with self.stages.measure("resize"):
-                shrinks = height * width > self._height * self._width
-                image = cv2.resize(
-                    bgr, (self._width, self._height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
-                )
+                image = resized(bgr, self._height, self._width)
         with self.stages.measure("infer"):
             out = self.engine(image=image[None], outputs=("labels", "confidence") if confidence else ("labels",))
         maps = {name: array[0] for name, array in out.items()}
         if not same:
             with self.stages.measure("resize"):
-                maps = {name: cv2.resize(a, (width, height), interpolation=cv2.INTER_NEAREST) for name, a in maps.items()}
+                maps = {name: restored(a, height, width) for name, a in maps.items()}
         return Segmentation(maps["labels"], maps.get("confidence"))
+
+
+def resized(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return an image `[H, W, 3]` at a model's size: averaged where it shrinks, or it would alias."""
+    shrinks = image.shape[0] * image.shape[1] > height * width
+    return cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR)
+
+
+def restored(values: np.ndarray, height: int, width: int) -> np.ndarray:
+    """Return what a model says of each pixel, `[H, W]`, at the camera's size, by nearest neighbour."""
+    return cv2.resize(values, (width, height), interpolation=cv2.INTER_NEAREST)

@@ -27,6 +27,7 @@ from deeprob_perception.nets.segmenter import IMAGENET_MEAN, IMAGENET_STD, Segme
 from deeprob_perception.segmentation.classes import ClassSet
 from deeprob_perception.segmentation.dataset import VOID, Sample, read_image, read_label
 from deeprob_perception.segmentation.scores import Confusion
+from deeprob_perception.segmentation.segmenter import resized, restored
 from deeprob_perception.training.data import Augmentation, CropDataset
 from deeprob_perception.training.schedule import warmup_cosine
 
@@ -249,11 +250,11 @@ def scores_of(
         image = read_image(sample.image)
         height, width = image.shape[:2]
         if size is not None:
-            image = cv2.resize(image, size[::-1], interpolation=cv2.INTER_AREA if size[0] < height else cv2.INTER_LINEAR)
+            image = resized(image, *size)
         batch = torch.from_numpy(image[:, :, ::-1].copy()).to(device).permute(2, 0, 1)[None].float()
         labels = net((batch - mean) / std).argmax(1)[0].to(torch.uint8).cpu().numpy()
         if size is not None:
-            labels = cv2.resize(labels, (width, height), interpolation=cv2.INTER_NEAREST)
+            labels = restored(labels, height, width)
         confusion.add(labels, read_label(sample.label, len(recipe["classes"])))
     net.train(was_training)
     return confusion.report(recipe["classes"])
