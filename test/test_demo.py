@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -20,7 +21,7 @@ import pytest
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
 from deeprob_perception.demo import report
-from deeprob_perception.demo.processes import isolated_environment
+from deeprob_perception.demo.processes import Group, isolated_environment
 from deeprob_perception.demo.recording import ByStamp, Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, stamp_ns
@@ -189,6 +190,30 @@ def test_interrupted_demo_takes_its_processes_along(tmp_path: Path, tiny_model: 
     assert process.returncode == 130
     assert "interrupted" in errors and "Traceback" not in errors
     assert left_over(out) == []
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("first", [1, 2])  # while it enters, and after
+def test_an_interrupt_while_a_process_starts_ends_that_process_too(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, first: int) -> None:  # fmt: skip
+    started: list[subprocess.Popen[str]] = []
+
+    class Interrupted(subprocess.Popen[str]):
+        def __init__(self, *arguments: Any, **options: Any):
+            super().__init__(*arguments, **options)
+            started.append(self)
+            if len(started) == first:
+                signal.raise_signal(number)
+
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+    try:
+        monkeypatch.setattr(subprocess, "Popen", Interrupted)
+        with pytest.raises(KeyboardInterrupt), Group(tmp_path, []) as group:
+            group.begin("sleeper", "timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)")
+    finally:
+        signal.signal(signal.SIGINT, before)
+    assert len(started) == first
+    assert all(process.returncode is not None for process in started)
 
 
 def test_no_mask_is_a_failure_that_names_the_cause(tmp_path: Path, tiny_model: Path) -> None:

@@ -94,17 +94,20 @@ class Camera(Probe):
                 self._executor.spin_once(timeout_sec=0.02)
         return self.until(lambda: None, "a goal", timeout=0)
 
-    def silent(self, text, **how):
-        """Publish frames until diagnostics say why there is no goal."""
-        self.goals.clear()
+    def while_sending(self, text, **how):
+        """Publish frames until the output's diagnostics say `text`, and return the status."""
         deadline = time.monotonic() + PATIENCE
         while time.monotonic() < deadline:
             self.frame(**how)
             self._executor.spin_once(timeout_sec=0.05)
             if "output" in self.status and text in self.status["output"].message:
-                assert self.status["output"].level == b"\x01"
-                return
-        self.until(lambda: None, f"diagnostics with {text!r}", timeout=0)
+                return self.status["output"]
+        return self.until(lambda: None, f"diagnostics with {text!r}", timeout=0)
+
+    def silent(self, text, **how):
+        """Publish frames until diagnostics warn why there is no goal."""
+        self.goals.clear()
+        assert self.while_sending(text, **how).level == b"\x01"
 
 
 @pytest.fixture
@@ -130,7 +133,7 @@ def test_the_goal_is_where_the_object_is_in_the_root_frame(camera):
     goal = camera.goal()
     assert goal.header.frame_id == "base"
     np.testing.assert_allclose(at(goal), expected(), atol=1e-6)
-    assert camera.says("output", "Hz").level == b"\x00"
+    assert camera.while_sending("Hz").level == b"\x00"
     assert camera.values("output")["target_class"] == "mug" and float(camera.values("output")["pixels"]) == 200
 
 
@@ -143,6 +146,13 @@ def test_a_camera_that_a_joint_turns_is_followed(camera):
 def test_depth_within_slop_counts_and_beyond_it_does_not(camera):
     camera.goal(late=0.015)
     camera.silent("within 0.02 s of a mask's stamp", late=-3600)
+
+
+@pytest.mark.ros
+def test_an_input_that_ends_is_what_diagnostics_name(camera):
+    camera.goal()
+    assert camera.says("output", "no mask has come on /mask for").level == b"\x01"
+    camera.goal()
 
 
 @pytest.mark.ros

@@ -60,11 +60,13 @@ class Process:
 
     def stop(self, patience: float = PATIENCE) -> int:
         """Interrupt the whole group, kill what is left after `patience` seconds, and return the exit status."""
-        if self.status is None:
-            self._signal(signal.SIGINT)
-            with suppress(subprocess.TimeoutExpired):
-                self.popen.wait(patience)
-        self._signal(signal.SIGKILL)
+        try:
+            if self.status is None:
+                self._signal(signal.SIGINT)
+                with suppress(subprocess.TimeoutExpired):
+                    self.popen.wait(patience)
+        finally:  # a second interrupt cuts the patience short
+            self._signal(signal.SIGKILL)
         return self.popen.wait()
 
     def _signal(self, number: signal.Signals) -> None:
@@ -136,6 +138,25 @@ def termination_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
+@contextmanager
+def interrupts_deferred() -> Iterator[None]:
+    """Let SIGINT and SIGTERM wait until the block is done, so that none comes between a process's start and its keeping.
+
+    Their handlers are replaced instead of the signals being blocked: children would inherit the block.
+    """
+    come: list[int] = []
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        for number in before:
+            signal.signal(number, lambda number, frame: come.append(number))
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        if come:
+            signal.raise_signal(come[0])
+
+
 class Group:
     """Child processes in a DDS domain of their own, with a log each in `logs`, which all end when the block does.
 
@@ -150,8 +171,12 @@ class Group:
         self._stack = ExitStack()
 
     def __enter__(self) -> "Group":
-        self._stack.enter_context(termination_as_interrupt())
-        self._follow(self.begin("watch", "deeprob_perception.nodes.watch", piped=True))
+        try:
+            self._stack.enter_context(termination_as_interrupt())
+            self._follow(self.begin("watch", "deeprob_perception.nodes.watch", piped=True))
+        except BaseException:
+            self._stack.close()
+            raise
         return self
 
     def __exit__(self, *exception: object) -> None:
@@ -159,9 +184,11 @@ class Group:
 
     def begin(self, name: str, *command: str, piped: bool = False, may_end: bool = False) -> Process:
         """Start `python -m COMMAND ...`; `piped`: its stdout is for the caller to read."""
-        process = Process(name, self.logs / f"{name}.log", self._environment, *command, piped=piped)
-        self._running.append((process, may_end))
-        return self._stack.enter_context(process)
+        with interrupts_deferred():
+            process = self._stack.enter_context(
+                Process(name, self.logs / f"{name}.log", self._environment, *command, piped=piped))
+            self._running.append((process, may_end))
+        return process
 
     def record(self, bag: Path, topics: Sequence[str]) -> Process:
         """Start a recorder of these topics."""

@@ -80,7 +80,7 @@ class TargetNode(PerceptionNode):
         self.masks = self.depths = self.published = self.failed = self.in_a_row = 0
         self.last: Sighting | None = None
         self.goal: np.ndarray | None = None
-        self.goal_at = 0.0  # monotonic, seconds
+        self.goal_at = self.mask_at = self.depth_at = 0.0  # monotonic, seconds
         self.times = Samples(WINDOW)
         self.delays = Samples(WINDOW)  # ms from a mask's stamp to its goal
         self.pairs: Pairs[bytes, bytes] = Pairs(0)
@@ -204,10 +204,12 @@ class TargetNode(PerceptionNode):
 
     def _on_mask(self, raw: bytes) -> None:
         self.masks += 1
+        self.mask_at = monotonic()
         self._take(lambda: self.pairs.mask(stamp_of(raw), raw))
 
     def _on_depth(self, raw: bytes) -> None:
         self.depths += 1
+        self.depth_at = monotonic()
         self._take(lambda: self.pairs.depth(stamp_of(raw), raw))
 
     def _take(self, joined: Any) -> None:

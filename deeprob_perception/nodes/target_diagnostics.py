@@ -58,13 +58,18 @@ class TargetDiagnostics:
             return (Level.ERROR if node.failure else Level.WARN), told
         if not node.settings["target_class"]:
             return Level.OK, "nothing is looked for: set target_class"
-        silent = monotonic() - node.goal_at
-        if silent <= node.settings["stale_after"]:
+        now, stale = monotonic(), node.settings["stale_after"]
+        silent = now - node.goal_at
+        if silent <= stale:
             return Level.OK, ""
+        for what, name, count, last in (("mask", "mask", node.masks, node.mask_at),
+                                        ("depth image", "depth", node.depths, node.depth_at)):  # fmt: skip
+            if not count:
+                return Level.WARN, f"no {what} has come on {self._topic(name)}"
+            if now - last > stale:
+                return Level.WARN, f"no {what} has come on {self._topic(name)} for {now - last:.0f} s"
         if node.in_a_row:
             return Level.WARN, f"no goal for {silent:.0f} s: {node.reason}"
-        if not node.masks:
-            return Level.WARN, f"no mask has come on {node.topic('mask')}"
         slop = node.settings["slop"]
         return Level.WARN, (f"no goal for {silent:.0f} s: no depth image on {self._topic('depth')} within {slop:g} s of a "
                             "mask's stamp (parameter slop)")
