@@ -8,6 +8,16 @@ import pytest
 SHARED = Path(__file__).resolve().parents[2] / "shared"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Let `-n 2 --dist loadgroup` run all live nodes in one process, for their timing, and each other file in one, for its
+    fixtures."""
+    if not config.pluginmanager.hasplugin("xdist"):
+        return
+    live = {item.path for item in items if item.get_closest_marker("ros")}
+    for item in items:
+        item.add_marker(pytest.mark.xdist_group("live nodes" if item.path in live else item.path.name))
+
+
 @pytest.fixture(scope="session")
 def shared() -> Path:
     """The developers' folder of real data, robots and reference tensors; it is not part of the project."""

@@ -8,7 +8,7 @@ import onnx
 import pytest
 
 from deeprob_perception.engines import model_file
-from deeprob_perception.errors import ModelError
+from deeprob_perception.errors import ModelError, PerceptionError
 
 torch = pytest.importorskip("torch", reason="export needs the extra `train`")
 
@@ -136,7 +136,7 @@ def test_the_command_exports_again_from_an_exported_file(tiny_model, tmp_path):
 def test_the_command_refuses_a_size_it_cannot_read(size, tiny_model, tmp_path):
     from deeprob_perception.cli.export import export as command
 
-    with pytest.raises(ModelError, match="such as 480x640"):
+    with pytest.raises(PerceptionError, match="such as 480x640"):
         command(str(tiny_model), tmp_path / "m.onnx", size)
 
 

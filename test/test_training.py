@@ -254,15 +254,6 @@ def test_weights_of_another_network_are_refused(coloured, tmp_path):
         train(find_samples(coloured), [], class_set(coloured), tmp_path, Settings(epochs=1), init=init)
 
 
-@pytest.mark.parametrize("text", ["240x", "16", "axb", "1x2x3"])
-def test_sides_are_height_and_width(text):
-    from deeprob_perception.cli.train import sides_of
-
-    assert sides_of("240x320", "--crop") == (240, 320) and sides_of("256", "--crop") == (256, 256)
-    with pytest.raises(DataError, match=f"--crop {text}"):
-        sides_of(text, "--crop")
-
-
 def test_images_are_scored_at_the_size_asked_for(trained, coloured):
     from deeprob_perception.nets.segmenter import build
     from deeprob_perception.training.segmentation import scores_of

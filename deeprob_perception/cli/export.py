@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deeprob export`"""
 
-import re
 from pathlib import Path
 from typing import Annotated
 
@@ -9,6 +8,7 @@ import typer
 from rich import print as show
 
 from deeprob_perception.cli import app
+from deeprob_perception.cli.sizes import sides
 from deeprob_perception.errors import ModelError
 
 
@@ -16,16 +16,14 @@ from deeprob_perception.errors import ModelError
 def export(
     checkpoint: Annotated[str, typer.Argument(help="Weights: a .safetensors or .onnx of ours, or a model's name.")],
     out: Annotated[Path, typer.Option(help="The .onnx to write.")],
-    size: Annotated[str, typer.Option(help="Height x width of the input, pixels; the camera's own is best.")] = "480x640",
+    size: Annotated[str, typer.Option(help="HEIGHTxWIDTH of the input, pixels; the camera's own is best.")] = "480x640",
     name: Annotated[str | None, typer.Option(help="The model's name; default: that of the file.")] = None,
     licence: Annotated[str | None, typer.Option(help="Licence of the weights (SPDX).")] = None,
     training_data: Annotated[str | None, typer.Option(help="What the weights were trained on.")] = None,
     metrics: Annotated[Path | None, typer.Option(help="JSON of `deeprob eval`, to travel with the model.")] = None,
 ) -> None:
     """Write a self-describing ONNX that every engine reads (needs the extra `train`)."""
-    match = re.fullmatch(r"(\d+)x(\d+)", size)
-    if not match:
-        raise ModelError(f"--size {size}: want height x width in pixels, such as 480x640")
+    height, width = sides(size, "--size", "HEIGHTxWIDTH")
     about = {"name": name or out.stem}
     if licence:
         about["licence"] = licence
@@ -38,7 +36,7 @@ def export(
 
     try:
         recipe, state = zoo.load_checkpoint(checkpoint)
-        path = zoo.export(recipe, state, out, int(match[1]), int(match[2]), about)
+        path = zoo.export(recipe, state, out, height, width, about)
     except ImportError as error:
         raise ModelError(f"export needs torch and onnxscript ({error}): pip install 'deeprob_perception[train]'") from error
     kind = f"{len(recipe['classes'])} classes" if "classes" in recipe else recipe["backbone"]

@@ -7,6 +7,7 @@ from typing import Annotated
 import typer
 
 from deeprob_perception.cli import app
+from deeprob_perception.cli.sizes import sides
 
 group = typer.Typer(no_args_is_help=True, help="Simulated table top: training frames and bags (extra `sim`).")
 app.add_typer(group, name="sim")
@@ -17,7 +18,7 @@ def render(
     frames: Annotated[int, typer.Option(help="How many frames.")],
     out: Annotated[Path, typer.Option(help="Folder to fill with images/, labels/ and classes.json.")],
     seed: Annotated[int, typer.Option(help="Equal seeds give equal frames.")] = 0,
-    size: Annotated[str, typer.Option(help="Width x height, pixels.")] = "640x480",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, pixels.")] = "640x480",
     views: Annotated[int, typer.Option(help="Frames per scene; fewer is more varied and a little slower.")] = 2,
     workers: Annotated[int, typer.Option(help="Processes; the frames don't depend on it.")] = 2,
 ) -> None:
@@ -26,7 +27,7 @@ def render(
 
     from deeprob_perception.sim.dataset import render_dataset
 
-    pixels = parse_size(size)
+    pixels = sides(size, "--size", "WIDTHxHEIGHT")
     columns = (TextColumn("rendering"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("render", total=frames)
@@ -39,7 +40,7 @@ def record(
     seconds: Annotated[float, typer.Option(help="Length of the recording.")] = 20.0,
     fps: Annotated[float, typer.Option(help="Frames a second.")] = 15.0,
     seed: Annotated[int, typer.Option(help="Equal seeds give equal recordings.")] = 0,
-    size: Annotated[str, typer.Option(help="Width x height, pixels.")] = "640x480",
+    size: Annotated[str, typer.Option(help="WIDTHxHEIGHT, pixels.")] = "640x480",
     depth_every: Annotated[int, typer.Option(help="Every n-th frame has depth, the largest part of a frame.")] = 3,
 ) -> None:
     """Record a bag: colour, camera info, depth, joint states and true labels of one moving scene."""
@@ -47,16 +48,8 @@ def record(
 
     from deeprob_perception.sim.record import record as write_bag
 
-    pixels = parse_size(size)
+    pixels = sides(size, "--size", "WIDTHxHEIGHT")
     columns = (TextColumn("recording"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
     with Progress(*columns) as progress:
         task = progress.add_task("record", total=round(seconds * fps))
         write_bag(out, seconds, fps, seed, pixels, depth_every, lambda count: progress.advance(task, count))
-
-
-def parse_size(text: str) -> tuple[int, int]:
-    """Return width and height from `640x480`; raise typer.BadParameter for anything else."""
-    width, cross, height = text.partition("x")
-    if not (cross and width.isdecimal() and height.isdecimal()):
-        raise typer.BadParameter(f"{text!r}: give a size as 640x480")
-    return int(width), int(height)

@@ -8,6 +8,7 @@ import typer
 from rich import print as show
 
 from deeprob_perception.cli import app
+from deeprob_perception.cli.sizes import sides
 from deeprob_perception.errors import DataError
 
 train_app = typer.Typer(no_args_is_help=True, help="Train a network (needs the extra `train`).")
@@ -62,7 +63,7 @@ def segmentation(
         raise DataError(f"--augmentation {augmentation}: want {' or '.join(AUGMENTATIONS)}")
     if optimizer not in ("adamw", "muon"):
         raise DataError(f"--optimizer {optimizer}: want adamw or muon")
-    sides = sides_of(crop, "--crop")
+    window = sides(crop, "--crop", "HEIGHTxWIDTH", least=32, square=True)
     found = class_set(data, classes)
     samples = find_samples(data)
     val_samples = find_samples(val) if val else []
@@ -80,23 +81,15 @@ def segmentation(
         backbone=backbone, head=head, epochs=epochs, batch_size=batch_size, optimizer=optimizer, learning_rate=learning_rate,
         drop_path=drop_path, undo_weights=undo_weights,
         precision=precision, workers=workers, threads=threads, seed=seed, eval_every=eval_every,
-        eval_size=sides_of(eval_size, "--eval-size") if eval_size else None,
+        eval_size=sides(eval_size, "--eval-size", "HEIGHTxWIDTH", least=32, square=True) if eval_size else None,
         augmentation=Augmentation(
-            crop=sides, scale=(min_scale, max_scale), balanced=balanced, **AUGMENTATIONS[augmentation]
+            crop=window, scale=(min_scale, max_scale), balanced=balanced, **AUGMENTATIONS[augmentation]
         ),
     )  # fmt: skip
     scores = train(samples, val_samples, found, out, settings, resume, weights)
     if scores:
         show({name: None if v is None else round(v, 4) for name, v in scores["iou"].items()})
         show(f"mIoU {scores['miou']:.4f}, pixel accuracy {scores['pixel_accuracy']:.4f} on {len(val_samples)} images")
-
-
-def sides_of(text: str, option: str) -> tuple[int, int]:
-    """Return height and width of `256` or `240x320`."""
-    parts = text.lower().split("x")
-    if not 1 <= len(parts) <= 2 or not all(part.isdigit() and int(part) >= 32 for part in parts):
-        raise DataError(f"{option} {text}: want HEIGHTxWIDTH or one side, at least 32 pixels each, as 240x320 or 256")
-    return int(parts[0]), int(parts[-1])
 
 
 @train_app.command()
