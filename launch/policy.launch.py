@@ -4,12 +4,12 @@
 It is disarmed until `ros2 service call /policy/enable std_srvs/srv/SetBool "{data: true}"`.
 """
 
-from launch.conditions import IfCondition
-from launch.substitutions import EqualsSubstitution, LaunchConfiguration, NotEqualsSubstitution
+from launch.actions import OpaqueFunction
+from launch.substitutions import LaunchConfiguration
 
 from deeprob_perception.nodes import launching
 from deeprob_perception.nodes.launching import argument
-from launch import Action, LaunchDescription
+from launch import Action, LaunchContext, LaunchDescription
 
 # argument -> what it says; each is the parameter of its name
 PARAMETERS = {
@@ -25,7 +25,6 @@ OUTPUTS = ("joint_trajectory", "joint_command", "commands")
 
 def generate_launch_description() -> LaunchDescription:
     """Declare the arguments at top level, so that --show-args is complete, and start the node with them."""
-    commands = LaunchConfiguration("command_topic")
     return LaunchDescription([
         launching.params_file("policy"),
         argument("goal_topic", "goal", "Where goals come from."),
@@ -35,13 +34,13 @@ def generate_launch_description() -> LaunchDescription:
         *(launching.override(name, text) for name, text in PARAMETERS.items()),
         *launching.common(),
         launching.configured(
-            [policy({}, condition=IfCondition(EqualsSubstitution(commands, ""))),
-             policy({f"~/{topic}": commands for topic in OUTPUTS}, condition=IfCondition(NotEqualsSubstitution(commands, "")))],
-            "params_file", {name: name for name in PARAMETERS}, numbers=["rate"]),
+            [OpaqueFunction(function=policy)], "params_file", {name: name for name in PARAMETERS}, numbers=["rate"]),
     ])  # fmt: skip
 
 
-def policy(remapped: dict, condition: IfCondition) -> Action:
-    """Return the node, with these topics renamed besides those of goals and joint states."""
-    inputs = {name: LaunchConfiguration(f"{name}_topic") for name in ("goal", "joint_states")}
-    return launching.node("policy", inputs | remapped, LaunchConfiguration("namespace"), condition=condition)
+def policy(context: LaunchContext) -> list[Action]:
+    """Return the node; its topic of commands is renamed if command_topic is given."""
+    remapped = {name: launching.value_of(context, f"{name}_topic") for name in ("goal", "joint_states")}
+    if commands := launching.value_of(context, "command_topic"):
+        remapped |= {f"~/{topic}": commands for topic in OUTPUTS}
+    return [launching.node("policy", remapped, LaunchConfiguration("namespace"))]

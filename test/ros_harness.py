@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """What tests of live nodes need: processes with their logs, and a probe node that publishes, listens and waits."""
 
-import os
 import signal
 import subprocess
 import sys
@@ -24,6 +23,7 @@ from rclpy.parameter import Parameter  # noqa: E402
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy  # noqa: E402
 from sensor_msgs.msg import CompressedImage, Image  # noqa: E402
 
+from deeprob_perception.isolation import isolated  # noqa: E402
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, serialize, stamp_ns  # noqa: E402
 from deeprob_perception.nodes.dds import use_large_image_profile  # noqa: E402
 
@@ -39,8 +39,8 @@ LATCHED = QoSProfile(depth=1, reliability=ReliabilityPolicy.RELIABLE, durability
 def isolated_ros() -> Iterator[None]:
     """Keep DDS on loopback and in a domain of this process's own, for itself and its children."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-        patch.setenv("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+        for name, value in isolated().items():
+            patch.setenv(name, value)
         for name in ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE"):
             patch.delenv(name, raising=False)
         patch.setenv("OMP_NUM_THREADS", "1")

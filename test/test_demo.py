@@ -21,9 +21,10 @@ import pytest
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
 from deeprob_perception.demo import report
-from deeprob_perception.demo.processes import Group, isolated_environment
+from deeprob_perception.demo.processes import Group
 from deeprob_perception.demo.recording import ByStamp, Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
+from deeprob_perception.isolation import isolated
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, stamp_ns
 from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
@@ -160,7 +161,7 @@ def test_what_was_pointed_at_is_tracked_from_the_first_frame_on(run: Run) -> Non
 ])  # fmt: skip
 def test_seed_says_what_is_wrong(arguments: list[str], words: str) -> None:
     run = subprocess.run([sys.executable, "-m", "deeprob_perception", "seed", *arguments], capture_output=True, text=True,
-                         env=isolated_environment())
+                         env=os.environ | isolated())
     assert run.returncode == 2 and words in run.stderr and "Traceback" not in run.stderr, run.stderr
 
 

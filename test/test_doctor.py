@@ -36,6 +36,7 @@ def test_distribution(environ, installed, level, word):
 @pytest.mark.parametrize(("environ", "level"), [
     ({}, OK), ({"ROS_DOMAIN_ID": "x"}, FAIL), ({"ROS_DOMAIN_ID": "300"}, FAIL), ({"ROS_DOMAIN_ID": "150"}, WARN),
     ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "NEAR"}, FAIL), ({"ROS_AUTOMATIC_DISCOVERY_RANGE": "OFF"}, WARN),
+    ({"ROS_LOCALHOST_ONLY": "1"}, OK), ({"ROS_LOCALHOST_ONLY": "1", "ROS_DOMAIN_ID": "150"}, WARN),
 ])
 def test_discovery(environ, level):
     assert ros.discovery(environ).level == level

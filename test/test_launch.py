@@ -184,7 +184,8 @@ def test_the_launched_loop_sees_the_object_where_it_is_and_moves_once_it_is_enab
         goals = probe.listen("/target/goal", PointStamped)
         states = probe.listen("/robot_cell/state", String)
         probe.until(lambda: goals and states, "goals and the truth")
-        assert {"robot_cell", "segmentation", "target", "policy"} <= set(probe.node.get_node_names())
+        nodes = {"robot_cell", "segmentation", "target", "policy"}
+        probe.until(lambda: nodes <= set(probe.node.get_node_names()), "the names of all four nodes")
         truth = json.loads(states[-1].data)
         assert (truth["seed"], truth["robot"], truth["trajectories"]) == (3, "scara", 0) and "mug" in truth["target"]
         assert np.linalg.norm(at(goals[-1]) - truth["place"]) < 0.1  # its visible surface, its middle
@@ -240,6 +241,7 @@ class Ros2Launch(Process):
     ("perception", {"params_file": "/no/such.yaml"}, "params_file is '/no/such.yaml': there is no such file"),
     ("perception", {"tasks": "tracking", "tracking_params_file": "/no.yaml"}, "tracking_params_file is '/no.yaml'"),
     ("policy", {"params_file": "/no/such.yaml"}, "params_file is '/no/such.yaml': there is no such file"),
+    ("policy", {"rate": "fast"}, "rate is 'fast': give a number"),
     ("target", {"params_file": "/no/such.yaml"}, "params_file is '/no/such.yaml': there is no such file"),
     ("closed_loop", {"target_class": "spoon"}, 'Argument "target_class" provided value "spoon" is not valid'),
 ])  # fmt: skip

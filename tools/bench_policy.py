@@ -23,6 +23,8 @@ from sensor_msgs.msg import JointState
 from std_srvs.srv import SetBool
 from trajectory_msgs.msg import JointTrajectory
 
+from deeprob_perception.isolation import isolated
+
 JOINTS = 9
 
 
@@ -78,8 +80,7 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=20.0)
     parser.add_argument("--seconds", type=float, default=60.0)
     options = parser.parse_args()
-    os.environ.setdefault("ROS_AUTOMATIC_DISCOVERY_RANGE", "LOCALHOST")
-    os.environ.setdefault("ROS_DOMAIN_ID", str(1 + os.getpid() % 100))
+    os.environ.update(isolated() | os.environ)
     with tempfile.TemporaryDirectory() as folder:
         urdf = Path(folder) / "chain.urdf"
         urdf.write_text(chain())

@@ -14,22 +14,11 @@ from threading import Thread
 from typing import Any
 
 from deeprob_perception.errors import PerceptionError
+from deeprob_perception.isolation import isolated
 
 # Seconds that a process has to end after a signal; the recorder still writes its index then.
 PATIENCE = 20.0
 LOOK = 0.1  # seconds between two looks at what is waited for
-
-
-def isolated_environment() -> dict[str, str]:
-    """Return the environment with DDS on loopback and in a domain of this process's own, as no robot nearby should see it.
-
-    Domains up to 101 leave room for their ports on every system (ROS 2, "The ROS_DOMAIN_ID").
-    """
-    return os.environ | {
-        "ROS_AUTOMATIC_DISCOVERY_RANGE": "LOCALHOST",
-        "ROS_DOMAIN_ID": str(1 + os.getpid() % 101),
-        "PYTHONUNBUFFERED": "1",
-    }
 
 
 class Process:
@@ -166,7 +155,7 @@ class Group:
 
     def __init__(self, logs: Path, nodes: Sequence[Diagnostics], **environment: str):
         self.logs, self.nodes = logs, nodes
-        self._environment = isolated_environment() | environment
+        self._environment = os.environ | isolated() | {"PYTHONUNBUFFERED": "1"} | environment
         self._running: list[tuple[Process, bool]] = []
         self._stack = ExitStack()
 

@@ -92,6 +92,8 @@ def fast_dds(environ: Mapping[str, str], name: str) -> Check:
 def discovery(environ: Mapping[str, str] = os.environ) -> Check:
     domain, reach = environ.get("ROS_DOMAIN_ID", "0"), environ.get("ROS_AUTOMATIC_DISCOVERY_RANGE", "SUBNET")
     text = f"domain {domain}, range {reach}"
+    if environ.get("ROS_LOCALHOST_ONLY", "0") == "1":  # Humble's way, which goes before the range in newer ones, too
+        reach, text = "LOCALHOST", f"domain {domain}, loopback only (ROS_LOCALHOST_ONLY)"
     if not domain.isdecimal() or int(domain) > 232:
         return Check("discovery", FAIL, text, "set ROS_DOMAIN_ID to a number from 0 to 101")
     if reach not in RANGES:

@@ -15,7 +15,6 @@ from time import monotonic
 from typing import Any
 
 import numpy as np
-from rclpy.event_handler import SubscriptionEventCallbacks
 from rclpy.lifecycle import TransitionCallbackReturn
 from rclpy.lifecycle.publisher import LifecyclePublisher
 from rclpy.qos import DurabilityPolicy, QoSProfile, ReliabilityPolicy, qos_policy_name_from_kind
@@ -29,6 +28,7 @@ from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize
 from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import make_compressed, make_image, to_bgr
 from deeprob_perception.nodes.diagnostics import Diagnostics
+from deeprob_perception.nodes.distro import SubscriptionEventCallbacks, UnsupportedEventTypeError
 from deeprob_perception.nodes.engine_source import EngineSource, Wish
 from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
@@ -89,6 +89,7 @@ class CameraNode(PerceptionNode):
         self.subscription: Subscription | None = None
         self.engine_source = EngineSource()
         self.lost_in_transport = 0
+        self.tells_losses = True  # the middleware
         self.last_arrival = monotonic()
         self._types: dict[str, str] = {}
         self._worker = ThreadPoolExecutor(1, thread_name_prefix="worker")
@@ -142,15 +143,27 @@ class CameraNode(PerceptionNode):
         self._stop.clear()
         self.last_arrival = monotonic()
         self._work = self._worker.submit(self._run)
-        self.subscription = self.create_subscription(
-            CompressedImage if self.msgtype == COMPRESSED_IMAGE else Image, self.topic, self._on_image, SENSOR,
-            raw=True,
-            qos_overriding_options=QoSOverridingOptions.with_default_policies(),
-            event_callbacks=SubscriptionEventCallbacks(
-                incompatible_qos=self._on_incompatible_qos, message_lost=self._on_message_lost))
+        self.subscription = self._subscribe()
         self.get_logger().info(f"active: {self.topic} ({self.msgtype}) -> "
                                f"{', '.join(publisher.topic_name for publisher in self.outputs.values())}")
         return result
+
+    def _subscribe(self) -> Subscription:
+        def create(**events: Any) -> Subscription:
+            return self.create_subscription(
+                CompressedImage if self.msgtype == COMPRESSED_IMAGE else Image, self.topic, self._on_image, SENSOR,
+                raw=True,
+                qos_overriding_options=QoSOverridingOptions.with_default_policies(),
+                event_callbacks=SubscriptionEventCallbacks(**events))
+
+        try:
+            subscription = create(incompatible_qos=self._on_incompatible_qos, message_lost=self._on_message_lost)
+            self.tells_losses = True
+        except UnsupportedEventTypeError as error:
+            self.get_logger().warning(f"the middleware does not tell everything, so that lost frames are not counted: {error}")
+            subscription = create()
+            self.tells_losses = False
+        return subscription
 
     @property
     def msgtype(self) -> str:

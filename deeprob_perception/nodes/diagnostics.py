@@ -119,7 +119,7 @@ class Diagnostics:
             "rate_hz": f"{self._rate_in.value:.2f}",
             "received": str(slot.received),
             "dropped": str(slot.dropped),
-            "lost_in_transport": str(self._node.lost_in_transport),
+            "lost_in_transport": str(self._node.lost_in_transport) if self._node.tells_losses else "unknown",
             "failed": str(traffic.failures.count),
             "last_failure": traffic.failures.reason,
             "seconds_since_last_frame": f"{facts.silent:.2f}",

@@ -1,5 +1,8 @@
 # SPDX-License-Identifier: Apache-2.0
-"""What the launch files have in common: a node by its module, and arguments that beat its file of parameters."""
+"""What the launch files have in common: a node by its module, and arguments that beat its file of parameters.
+
+Of launch and launch_ros they use what Humble has, too.
+"""
 
 import sys
 from collections.abc import Iterable, Mapping
@@ -7,8 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.actions import DeclareLaunchArgument, GroupAction, OpaqueFunction
-from launch.conditions import IfCondition
-from launch.substitutions import LaunchConfiguration, NotEqualsSubstitution
+from launch.substitutions import LaunchConfiguration
 from launch_ros.actions import LifecycleNode, SetParameter, SetParametersFromFile
 from launch_ros.parameter_descriptions import ParameterValue
 
@@ -80,27 +82,35 @@ def configured(nodes: Iterable[Action], file: str, overrides: Mapping[str, str],
     :param file: the argument that names the file. overrides: parameter -> the argument that is its value unless empty.
     :param numbers: those of them that are numbers. switches: more arguments, true or false, of the parameter's name.
     """
-    given = []  # parameters come in the order of these actions
-    for parameter, name in overrides.items():
-        value = LaunchConfiguration(name)
-        # Strings in YAML's quotes: they come to the node as text on its command line, and a link or a class may be named 0.
-        typed = (ParameterValue(value, value_type=float) if parameter in numbers
-                 else ParameterValue(["'", value, "'"], value_type=str))  # fmt: skip
-        given.append(SetParameter(parameter, typed, condition=IfCondition(NotEqualsSubstitution(value, ""))))
-    return GroupAction(
-        [
-            OpaqueFunction(function=_check_file, args=[file]),
-            SetParametersFromFile(LaunchConfiguration(file)),
-            *given,
-            *(SetParameter(name, LaunchConfiguration(name)) for name in ("use_sim_time", "autostart", *switches)),
-            *nodes,
-        ],
-        condition=condition,
-    )
+
+    def parameters(context: LaunchContext) -> list[Action]:  # they come in the order of these actions
+        path = value_of(context, file)
+        if not Path(path).is_file():  # launch_ros ends with an assertion that says nothing
+            raise FileNotFoundError(f"{file} is {path!r}: there is no such file")
+        given = {parameter: text for parameter, name in overrides.items() if (text := value_of(context, name))}
+        return [
+            SetParametersFromFile(path),
+            *(SetParameter(name, _number(overrides[name], text) if name in numbers else _text(text))
+              for name, text in given.items()),
+            *(SetParameter(name, value_of(context, name) == "true") for name in ("use_sim_time", "autostart", *switches)),
+        ]  # fmt: skip
+
+    return GroupAction([OpaqueFunction(function=parameters), *nodes], condition=condition)
 
 
-def _check_file(context: LaunchContext, name: str) -> None:
-    """Refuse a parameter file that is none; launch_ros ends with an assertion that says nothing."""
-    path = LaunchConfiguration(name).perform(context)
-    if not Path(path).is_file():
-        raise FileNotFoundError(f"{name} is {path!r}: there is no such file")
+def value_of(context: LaunchContext, name: str) -> str:
+    """Return the text of an argument. Humble has no substitution that compares it."""
+    return LaunchConfiguration(name).perform(context)
+
+
+def _text(text: str) -> ParameterValue:
+    """Return text in YAML's quotes: it comes to the node on its command line, and a link or a class may be named 0."""
+    quoted = text.replace("'", "''")
+    return ParameterValue(f"'{quoted}'", value_type=str)
+
+
+def _number(name: str, text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise ValueError(f"{name} is {text!r}: give a number") from None

@@ -24,9 +24,11 @@ from rclpy.qos import QoSProfile, ReliabilityPolicy
 from sensor_msgs.msg import Image
 
 from deeprob_perception.errors import PerceptionError
+from deeprob_perception.isolation import isolated
 from deeprob_perception.messages.cdr import IMAGE, deserialize, stamp_ns
 from deeprob_perception.nodes.bench_camera import FRAME_ID
 from deeprob_perception.nodes.dds import use_large_image_profile
+from deeprob_perception.nodes.distro import TELLS_MESSAGE_INFO
 from deeprob_perception.nodes.traffic import WINDOW
 from deeprob_perception.share import share_dir
 from deeprob_perception.timing import Samples
@@ -61,8 +63,10 @@ def session(setting: Setting) -> "Iterator[Session]":
 
     Sets the process's ROS domain to one of its own. Raises PerceptionError if the node does not come up.
     """
+    if not TELLS_MESSAGE_INFO:
+        raise PerceptionError("measuring the node needs ROS 2 Iron or newer: Humble's rclpy does not tell when a mask was sent")
     use_large_image_profile()
-    os.environ.update(ROS_AUTOMATIC_DISCOVERY_RANGE="LOCALHOST", ROS_DOMAIN_ID=str(1 + os.getpid() % 100))
+    os.environ.update(isolated())
     node_command = ["deeprob_perception.nodes.segmentation", "--ros-args", "-p", f"image_transport:={setting.transport}"]
     for name in ("model", "backend", "precision", "threads"):
         node_command += ["-p", f"{name}:={getattr(setting, name)}"]
@@ -206,7 +210,8 @@ class _Listener:
 
     def counts(self) -> dict[str, int]:
         values = self.values("input")
-        return {key: int(values.get(key, 0)) for key in ("received", "dropped", "failed", "lost_in_transport")}
+        names = ("received", "dropped", "failed", "lost_in_transport")
+        return {key: int(text) if (text := values.get(key, "0")).isdecimal() else 0 for key in names}  # "unknown"
 
     def stages(self) -> dict[str, dict[str, float]]:
         stages: dict[str, dict[str, float]] = {}
