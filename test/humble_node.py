@@ -4,7 +4,7 @@
 import sys
 from types import ModuleType
 
-import rclpy.node  # noqa: F401  has what it needs of the module that is hidden below
+import rclpy.lifecycle  # noqa: F401  has what it needs of the module that is hidden below
 from rclpy import event_handler
 
 

@@ -15,6 +15,7 @@ import platformdirs
 from deeprob_perception.share import share_dir
 
 VARIABLES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")
+FAST_DDS_2 = ("humble", "iron", "jazzy")
 SHARED_MEMORY = Path("/dev/shm")
 # Fast DDS allocates a whole segment for each participant when it starts, and falls back to UDP, which loses images,
 # when that fails. The demo has four participants, and a container's default /dev/shm is 64 MB: hence the small segment,
@@ -28,7 +29,9 @@ def use_large_image_profile() -> Path | None:
     if any(os.environ.get(name) for name in VARIABLES):
         return None
     path = profile()
-    os.environ.update(dict.fromkeys(VARIABLES, str(path)))
+    # Fast DDS 2 reads the first, Fast DDS 3 (Kilted) warns of it.
+    names = VARIABLES if os.environ.get("ROS_DISTRO", "jazzy") in FAST_DDS_2 else VARIABLES[1:]
+    os.environ.update(dict.fromkeys(names, str(path)))
     return path
 
 
