@@ -5,7 +5,11 @@ import sys
 from types import ModuleType
 
 import rclpy.lifecycle  # noqa: F401  has what it needs of the module that is hidden below
-from rclpy import event_handler
+
+try:
+    from rclpy import event_handler
+except ImportError:  # it is Humble's
+    from rclpy import qos_event as event_handler
 
 
 class Callbacks(event_handler.SubscriptionEventCallbacks):

@@ -171,11 +171,16 @@ def test_only_types_that_begin_with_a_header_are_restamped():
     assert not has_header("nobody_msgs/msg/Knows")
 
 
-def test_the_profile_is_used_unless_the_user_set_one(monkeypatch):
+@pytest.mark.parametrize(("distribution", "names"), [
+    ("humble", dds.VARIABLES), ("", dds.VARIABLES), ("kilted", ("FASTDDS_DEFAULT_PROFILES_FILE",)),
+])  # fmt: skip
+def test_the_profile_is_used_unless_the_user_set_one(monkeypatch, distribution, names):
     for name in dds.VARIABLES:
-        monkeypatch.delenv(name, raising=False)
+        monkeypatch.setenv(name, "")  # restored at the end
+    monkeypatch.setenv("ROS_DISTRO", distribution)
     path = dds.use_large_image_profile()
-    assert path is not None and all(os.environ[name] == str(path) for name in dds.VARIABLES)
+    assert path is not None
+    assert {name: os.environ[name] for name in dds.VARIABLES if os.environ[name]} == dict.fromkeys(names, str(path))
     monkeypatch.setenv(dds.VARIABLES[0], "/mine.xml")
     monkeypatch.delenv(dds.VARIABLES[1])
     assert dds.use_large_image_profile() is None

@@ -123,6 +123,18 @@ def test_every_import_is_declared_and_every_base_dependency_imported() -> None:
     assert set(declared()[""]) - used == set(), "declared in install_requires, imported nowhere"
 
 
+def test_the_readmes_robot_installs_all_that_the_package_needs() -> None:
+    """There, rosdep installs what package.xml names and pip what the README names; setup.py is not asked."""
+    by_rosdep = {"python3-numpy": "numpy", "python3-opencv": "opencv-python-headless", "python3-jinja2": "jinja2",
+                 "python3-matplotlib": "matplotlib"}  # fmt: skip
+    come_along = {"rich": "typer", "protobuf": "onnx", "ruamel-yaml": "rosbags", "backports-zstd": "rosbags"}
+    (line,) = re.findall(r"^pip install (.*?)  # what rosdep has no key for$", (ROOT / "README.md").read_text(), flags=re.M)
+    by_pip = {canonical(re.match(r"[\w.-]+", word.strip('"'))[0]) for word in line.split()}  # type: ignore[index]
+    installed = by_pip | {by_rosdep[element.text] for element in manifest().iter("exec_depend") if element.text in by_rosdep}
+    installed |= {name for name, brought_by in come_along.items() if brought_by in by_pip}
+    assert set(declared()[""]) - installed == set()
+
+
 def test_only_nodes_import_ros() -> None:
     """Replay, training and the command line must run where no ROS is installed."""
     ros = {element.text for element in manifest().iter("exec_depend")}
@@ -136,7 +148,7 @@ def test_only_nodes_import_ros() -> None:
 
 def test_imports_point_one_way() -> None:
     """Tasks know no transport, networks no task, and nothing depends on the edges: nodes and the command line."""
-    core = {"errors", "files", "share", "timing"}
+    core = {"isolation", "errors", "files", "share", "timing"}
     allowed = {
         "messages": core,
         "bags": core | {"messages", "video"},

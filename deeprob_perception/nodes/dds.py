@@ -30,7 +30,7 @@ def use_large_image_profile() -> Path | None:
         return None
     path = profile()
     # Fast DDS 2 reads the first, Fast DDS 3 (Kilted) warns of it.
-    names = VARIABLES if os.environ.get("ROS_DISTRO", "jazzy") in FAST_DDS_2 else VARIABLES[1:]
+    names = VARIABLES if (os.environ.get("ROS_DISTRO") or "jazzy") in FAST_DDS_2 else VARIABLES[1:]
     os.environ.update(dict.fromkeys(names, str(path)))
     return path
 
