@@ -12,6 +12,12 @@ TESTS ?= test
 # Without setuptools' warning about editable installs, which is not for users.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q $(PIP_FLAGS)
 
+# .venv has a ROS of its own, which the variables of a sourced setup.bash would mix with that one's.
+unexport RMW_IMPLEMENTATION
+ifneq ($(ROS_DISTRO),)
+unexport ROS_DISTRO PYTHONPATH LD_LIBRARY_PATH AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH
+endif
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test lint clean
 

@@ -273,6 +273,25 @@ def test_a_wheel_carries_launch_config_models_and_bags(checkout: Path, tmp_path:
     assert templates <= names
 
 
+@pytest.mark.skipif(shutil.which("make") is None, reason="needs make")
+def test_make_keeps_a_sourced_ros_out_of_its_own(tmp_path: Path) -> None:
+    """Two distributions' libraries in one process fail to load, and most who have ROS have sourced it in every shell."""
+    (tmp_path / "bin").mkdir()
+    python = tmp_path / "bin" / "python"
+    python.write_text("#!/bin/sh\nenv\n")
+    python.chmod(0o755)
+    for stamp in ("python", "demo", "test", "rendering"):
+        (tmp_path / f".stamp-{stamp}").touch()
+    sourced = {"ROS_DISTRO": "humble", "PYTHONPATH": "/opt/ros/humble/lib/python3.10/site-packages",
+               "LD_LIBRARY_PATH": "/opt/ros/humble/lib", "AMENT_PREFIX_PATH": "/opt/ros/humble"}  # fmt: skip
+    chosen = {"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp", "LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
+    for given, kept in ((sourced, {}), (chosen, {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"})):
+        bare = {name: value for name, value in os.environ.items() if name not in {*sourced, *chosen}}
+        seen = subprocess.run(["make", "-s", "test", f"VENV={tmp_path}"], cwd=ROOT, env=bare | given, capture_output=True,
+                              text=True, check=True).stdout.splitlines()  # fmt: skip
+        assert {line for line in seen if line.split("=")[0] in {*sourced, *chosen}} == {f"{k}={v}" for k, v in kept.items()}
+
+
 def test_setup_names_the_python_versions_that_fit(tmp_path: Path) -> None:
     """A machine whose Python is too old gets one clear line, not a failing pip."""
     old = tmp_path / "python3"
