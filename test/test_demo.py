@@ -24,6 +24,7 @@ from deeprob_perception.demo import report
 from deeprob_perception.demo.processes import Group
 from deeprob_perception.demo.recording import ByStamp, Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
+from deeprob_perception.doctor.ros import wheels
 from deeprob_perception.isolation import isolated
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize, make_header, stamp_ns
 from deeprob_perception.messages.headers import stamp_of
@@ -215,6 +216,16 @@ def test_an_interrupt_while_a_process_starts_ends_that_process_too(
         signal.signal(signal.SIGINT, before)
     assert len(started) == first
     assert all(process.returncode is not None for process in started)
+
+
+def test_two_distributions_at_once_are_refused_before_anything_starts(
+        tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:  # fmt: skip
+    monkeypatch.setenv("ROS_DISTRO", "humble" if "jazzy" in wheels() else "jazzy")
+    monkeypatch.setenv("AMENT_PREFIX_PATH", "/opt/ros/rolling")
+    process = demo(tmp_path / "out")
+    _, errors = process.communicate(timeout=100)
+    assert process.returncode == 2 and "needs one ROS 2, and there are mixed distributions" in errors, errors
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_mask_is_a_failure_that_names_the_cause(tmp_path: Path, tiny_model: Path) -> None:

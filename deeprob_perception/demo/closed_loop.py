@@ -17,7 +17,7 @@ from rich.table import Table
 
 from deeprob_perception import machine, zoo
 from deeprob_perception.demo import episodes as recorded_episodes
-from deeprob_perception.demo.processes import Diagnostics, Group
+from deeprob_perception.demo.processes import Diagnostics, Group, require_ros
 from deeprob_perception.errors import PerceptionError
 
 START_LIMIT = 180.0  # seconds for all nodes to be ready; OpenVINO's first run compiles without its cache
@@ -55,10 +55,9 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
 
     :param record: a bag to write. :raises PerceptionError: when something is missing or a process dies.
     """
-    for module, why in (("rclpy", "source ROS 2's setup.bash, or pip install 'deeprob_perception[ros]'"),
-                        ("mujoco", "pip install 'deeprob_perception[sim]'")):  # fmt: skip
-        if find_spec(module) is None:
-            raise PerceptionError(f"the closed loop needs {module}: {why}")
+    require_ros("the closed loop")
+    if find_spec("mujoco") is None:
+        raise PerceptionError("the closed loop needs mujoco: pip install 'deeprob_perception[sim]'")
     model, policy = zoo.resolve(options.model), zoo.resolve(options.policy)
     logs = options.out / "logs"
     try:

@@ -5,7 +5,6 @@ import json
 import time
 from dataclasses import dataclass
 from datetime import datetime
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,7 @@ from rich.text import Text
 from deeprob_perception import machine, zoo
 from deeprob_perception.bags import Topic, open_bag
 from deeprob_perception.demo import recording, report, tracks
-from deeprob_perception.demo.processes import LOOK, Diagnostics, Group
+from deeprob_perception.demo.processes import LOOK, Diagnostics, Group, require_ros
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -74,8 +73,7 @@ def run(options: Options, console: Console) -> Outcome:
     Every process is gone when this returns or raises, an interrupt included.
     :raises PerceptionError: when ROS, the model or the bag is missing, a process dies, or no mask comes.
     """
-    if find_spec("rclpy") is None:
-        raise PerceptionError("the demo needs ROS 2: source its setup.bash, or pip install 'deeprob_perception[ros]'")
+    require_ros("the demo")
     bag_path = options.bag or sample_bag()
     with open_bag(bag_path) as bag:
         image = bag.image_topic()
