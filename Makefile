@@ -2,7 +2,9 @@
 # `make demo` and `make test` set up what they need in .venv by themselves; a second run starts at once.
 
 PYTHON ?=
-VENV := .venv
+# Whose ROS 2: `wheels`, Jazzy's from PyPI in .venv, which are for x86-64 only; or `sourced`, the one of the shell's setup.bash.
+ROS := $(if $(filter x86_64,$(shell uname -m)),wheels,sourced)
+VENV := $(if $(filter wheels,$(ROS)),.venv,.venv-$(ROS))
 BIN := $(VENV)/bin
 # Extra arguments for every `pip install`, such as an index of your own.
 PIP_FLAGS ?=
@@ -12,10 +14,19 @@ TESTS ?= test
 # Without setuptools' warning about editable installs, which is not for users.
 PIP := PYTHONWARNINGS=ignore $(BIN)/python -m pip --disable-pip-version-check install --progress-bar off -q $(PIP_FLAGS)
 
-# .venv has a ROS of its own, which the variables of a sourced setup.bash would mix with that one's.
+ifeq ($(ROS),wheels)
+EXTRAS := ros,sim
+# What a sourced setup.bash sets would mix that ROS with this one, and their libraries do not load together.
 unexport RMW_IMPLEMENTATION
 ifneq ($(ROS_DISTRO),)
 unexport ROS_DISTRO PYTHONPATH LD_LIBRARY_PATH AMENT_PREFIX_PATH CMAKE_PREFIX_PATH COLCON_PREFIX_PATH
+endif
+else ifeq ($(ROS),sourced)
+EXTRAS := sim
+# The messages of Humble and Jazzy are compiled for numpy 1.
+PINS := 'numpy<2'
+else
+$(error ROS=$(ROS): take wheels or sourced)
 endif
 
 .DEFAULT_GOAL := help
@@ -37,22 +48,22 @@ lint: $(VENV)/.stamp-test  ## Check style and types.
 	$(BIN)/mypy
 
 clean:  ## Remove the virtual environment, builds, caches and out/.
-	rm -rf $(VENV) build install log out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-sourced build install log out *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
 
 $(VENV)/.stamp-python: tools/setup.sh
-	@PYTHON='$(PYTHON)' bash tools/setup.sh venv $(VENV)
+	@PYTHON='$(PYTHON)' bash tools/setup.sh venv $(VENV) $(ROS)
 	$(PIP) --upgrade pip
 	@touch $@
 
 $(VENV)/.stamp-demo: $(VENV)/.stamp-python setup.py
-	@echo "installing the package, ROS 2 and MuJoCo from PyPI into $(VENV) (once, some minutes; no torch)"
-	$(PIP) -e '.[ros,sim]'
+	@echo "installing the package with $(EXTRAS) from PyPI into $(VENV) (once, some minutes; no torch)"
+	$(PIP) -e '.[$(EXTRAS)]' $(PINS)
 	@touch $@
 
 # torch==2.13.0 from PyPI brings CUDA along where no CPU build is at hand (PIP_FLAGS names an index that has one).
 $(VENV)/.stamp-test: $(VENV)/.stamp-demo
 	@echo "installing torch and the test tools into $(VENV) (once, some minutes)"
-	$(PIP) -e '.[ros,train,sim,test]'
+	$(PIP) -e '.[$(EXTRAS),train,test]' $(PINS)
 	@touch $@
 
 # MuJoCo draws with the system's EGL; the stamp is left only where it works, so that a later run looks again.

@@ -285,11 +285,22 @@ def test_make_keeps_a_sourced_ros_out_of_its_own(tmp_path: Path) -> None:
     sourced = {"ROS_DISTRO": "humble", "PYTHONPATH": "/opt/ros/humble/lib/python3.10/site-packages",
                "LD_LIBRARY_PATH": "/opt/ros/humble/lib", "AMENT_PREFIX_PATH": "/opt/ros/humble"}  # fmt: skip
     chosen = {"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp", "LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
-    for given, kept in ((sourced, {}), (chosen, {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"})):
+    cuda = {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
+    for ros, given, kept in (("wheels", sourced, {}), ("wheels", chosen, cuda), ("sourced", sourced, sourced)):
         bare = {name: value for name, value in os.environ.items() if name not in {*sourced, *chosen}}
-        seen = subprocess.run(["make", "-s", "test", f"VENV={tmp_path}"], cwd=ROOT, env=bare | given, capture_output=True,
-                              text=True, check=True).stdout.splitlines()  # fmt: skip
+        seen = subprocess.run(["make", "-s", "test", f"ROS={ros}", f"VENV={tmp_path}"], cwd=ROOT, env=bare | given,
+                              capture_output=True, text=True, check=True).stdout.splitlines()  # fmt: skip
         assert {line for line in seen if line.split("=")[0] in {*sourced, *chosen}} == {f"{k}={v}" for k, v in kept.items()}
+
+
+def test_setup_asks_for_a_sourced_ros_where_that_is_meant(tmp_path: Path) -> None:
+    bare = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    python = sys.executable if sys.prefix == sys.base_prefix else getattr(sys, "_base_executable", "python3")
+    done = subprocess.run(["bash", "tools/setup.sh", "venv", str(tmp_path / "venv"), "sourced"], cwd=ROOT, capture_output=True,
+                          text=True, env=bare | {"PYTHON": python})  # fmt: skip
+    if done.returncode == 0:
+        pytest.skip("this machine's Python has an rclpy")
+    assert "source its setup.bash" in done.stderr and not (tmp_path / "venv").exists()
 
 
 def test_setup_names_the_python_versions_that_fit(tmp_path: Path) -> None:
@@ -297,8 +308,8 @@ def test_setup_names_the_python_versions_that_fit(tmp_path: Path) -> None:
     old = tmp_path / "python3"
     old.write_text("#!/bin/sh\n[ \"$1\" = --version ] && echo Python 3.8.1 && exit\nexit 1\n")
     old.chmod(0o755)
-    done = subprocess.run(["bash", "tools/setup.sh", "venv", str(tmp_path / "venv")], cwd=ROOT, capture_output=True, text=True,
-                          env=os.environ | {"PYTHON": str(old)})
+    done = subprocess.run(["bash", "tools/setup.sh", "venv", str(tmp_path / "venv"), "wheels"], cwd=ROOT, capture_output=True,
+                          text=True, env=os.environ | {"PYTHON": str(old)})
     assert done.returncode == 1
     assert "3.10 to 3.13" in done.stderr and "Python 3.8.1" in done.stderr
     assert not (tmp_path / "venv").exists()

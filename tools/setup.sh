@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # SPDX-License-Identifier: Apache-2.0
 # What the Makefile cannot leave to pip: a Python that fits, and the system libraries for off-screen rendering.
-#   setup.sh venv DIR        make the virtual environment DIR (PYTHON names the interpreter, if it is set)
+#   setup.sh venv DIR ROS    make the virtual environment DIR (PYTHON names the interpreter, if it is set); ROS: wheels, or
+#                            sourced, the shell's own, whose packages the environment sees then
 #   setup.sh rendering DIR   see that MuJoCo can draw; installs Mesa's EGL as root, else says what to install
 set -euo pipefail
 
@@ -39,13 +40,21 @@ find_python() {
     return 1
 }
 
-make_venv() {
-    local python version
+make_venv() {  # make_venv DIR wheels|sourced
+    local python version seen=()
     python=$(find_python)
+    if [ "$2" = sourced ]; then
+        if ! "$python" -c 'import rclpy'; then
+            say "no ROS 2 in this shell: source its setup.bash, then run make again"
+            say "(PyPI has a ROS 2 for x86-64 only, where make ROS=wheels takes it; this is $(uname -m))"
+            return 1
+        fi
+        seen=(--system-site-packages)
+    fi
     version=$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')
     "$python" -c 'import ensurepip, venv' 2>/dev/null \
         || apt_install "virtual environments of Python $version" "python$version-venv"
-    "$python" -m venv "$1"
+    "$python" -m venv "${seen[@]}" "$1"
 }
 
 draws() {
@@ -61,7 +70,7 @@ rendering() {
 }
 
 case ${1:-} in
-venv) make_venv "$2" ;;
+venv) make_venv "$2" "$3" ;;
 rendering) rendering "$2" ;;
 *)
     say "usage: setup.sh venv|rendering DIR"
