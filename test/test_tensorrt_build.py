@@ -36,7 +36,7 @@ def no_gpu(monkeypatch):
 
 @pytest.mark.parametrize("sm", TARGETS)
 @pytest.mark.parametrize("precision", ["fp32", "fp16"])
-@pytest.mark.parametrize("name", ["street", "tabletop", "swin-tiny with upernet"])
+@pytest.mark.parametrize("name", ["street", "street-cnn", "tabletop", "swin-tiny with upernet"])
 def test_every_model_is_built_for_every_gpu(name, precision, sm, request):
     if "upernet" in name:
         path = request.getfixturevalue("upernet_model")
