@@ -87,7 +87,9 @@ def test_the_labels_stay_those_of_fp32(model, precision, least):
     print(model.stem, precision, found.line())
     assert found.agreement >= least
     assert found.nans == 0
-    assert found.max_error < {"fp16": 0.03, "bf16": 0.15}[precision]
+    # bf16 rounds eight times as coarsely, and at a border of classes a single pixel's confidence may follow.
+    assert found.mean_error < {"fp16": 0.002, "bf16": 0.015}[precision]
+    assert found.max_error < {"fp16": 0.03, "bf16": 0.3}[precision]
 
 
 def test_the_fp16_graph_itself_runs_and_agrees_with_its_emulation(tiny_model):
