@@ -87,9 +87,11 @@ def test_the_labels_stay_those_of_fp32(model, precision, least):
     print(model.stem, precision, found.line())
     assert found.agreement >= least
     assert found.nans == 0
-    # bf16 rounds eight times as coarsely, and at a border of classes a single pixel's confidence may follow.
     assert found.mean_error < {"fp16": 0.002, "bf16": 0.015}[precision]
-    assert found.max_error < {"fp16": 0.03, "bf16": 0.3}[precision]
+    # Tabletop has never seen such shapes: 188 of their 230,400 pixels are off by more than 0.15. It costs nothing where it
+    # is used: mIoU on its validation scenes is 0.8952 in bf16 and 0.8953 in fp32 (models/tabletop.md).
+    worst = 0.25 if (model.stem, precision) == ("tabletop", "bf16") else {"fp16": 0.03, "bf16": 0.15}[precision]
+    assert found.max_error < worst
 
 
 def test_the_fp16_graph_itself_runs_and_agrees_with_its_emulation(tiny_model):

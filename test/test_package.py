@@ -284,8 +284,8 @@ def test_make_keeps_a_sourced_ros_out_of_its_own(tmp_path: Path) -> None:
         (tmp_path / f".stamp-{stamp}").touch()
     sourced = {"ROS_DISTRO": "humble", "PYTHONPATH": "/opt/ros/humble/lib/python3.10/site-packages",
                "LD_LIBRARY_PATH": "/opt/ros/humble/lib", "AMENT_PREFIX_PATH": "/opt/ros/humble"}  # fmt: skip
-    chosen = {"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp", "LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
     cuda = {"LD_LIBRARY_PATH": "/usr/local/cuda/lib64"}
+    chosen = {"RMW_IMPLEMENTATION": "rmw_cyclonedds_cpp", **cuda}
     for ros, given, kept in (("wheels", sourced, {}), ("wheels", chosen, cuda), ("sourced", sourced, sourced)):
         bare = {name: value for name, value in os.environ.items() if name not in {*sourced, *chosen}}
         seen = subprocess.run(["make", "-s", "test", f"ROS={ros}", f"VENV={tmp_path}"], cwd=ROOT, env=bare | given,
