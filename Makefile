@@ -41,7 +41,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-rendering  ## Sample bag -> nodes -> re
 	else echo "the closed loop is left out: this machine cannot render"; fi
 
 test: $(VENV)/.stamp-test $(VENV)/.stamp-rendering  ## Run the whole test suite.
-	$(BIN)/python -m pytest -n 2 --dist loadgroup $(TESTS)
+	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 $(TESTS)
 
 lint: $(VENV)/.stamp-test  ## Check style and types.
 	$(BIN)/ruff check .

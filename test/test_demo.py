@@ -12,7 +12,6 @@ from contextlib import ExitStack
 from html.parser import HTMLParser
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import cv2
 import numpy as np
@@ -21,7 +20,6 @@ import pytest
 from deeprob_perception import engines
 from deeprob_perception.bags import BagWriter, open_bag
 from deeprob_perception.demo import report
-from deeprob_perception.demo.processes import Group
 from deeprob_perception.demo.recording import ByStamp, Figures, Labels
 from deeprob_perception.demo.run import sample_bag, unfit_for_sample
 from deeprob_perception.doctor.ros import wheels
@@ -194,28 +192,37 @@ def test_interrupted_demo_takes_its_processes_along(tmp_path: Path, tiny_model: 
     assert left_over(out) == []
 
 
+INTERRUPTED = """
+import signal, subprocess, sys
+from pathlib import Path
+from deeprob_perception.demo.processes import Group
+
+first, number, started = int(sys.argv[1]), int(sys.argv[2]), []
+
+class Interrupted(subprocess.Popen):
+    def __init__(self, *arguments, **options):
+        super().__init__(*arguments, **options)
+        started.append(self)
+        if len(started) == first:
+            signal.raise_signal(number)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
+subprocess.Popen = Interrupted
+try:
+    with Group(Path(sys.argv[3]), []) as group:
+        group.begin("sleeper", "timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)")
+except KeyboardInterrupt:
+    print(len(started), [process.returncode is None for process in started].count(True))
+"""
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 @pytest.mark.parametrize("first", [1, 2])  # while it enters, and after
 def test_an_interrupt_while_a_process_starts_ends_that_process_too(
-        tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: signal.Signals, first: int) -> None:  # fmt: skip
-    started: list[subprocess.Popen[str]] = []
-
-    class Interrupted(subprocess.Popen[str]):
-        def __init__(self, *arguments: Any, **options: Any):
-            super().__init__(*arguments, **options)
-            started.append(self)
-            if len(started) == first:
-                signal.raise_signal(number)
-
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a suite in the background ignores it
-    try:
-        monkeypatch.setattr(subprocess, "Popen", Interrupted)
-        with pytest.raises(KeyboardInterrupt), Group(tmp_path, []) as group:
-            group.begin("sleeper", "timeit", "-n", "1", "-r", "1", "import time; time.sleep(600)")
-    finally:
-        signal.signal(signal.SIGINT, before)
-    assert len(started) == first
-    assert all(process.returncode is not None for process in started)
+        tmp_path: Path, number: signal.Signals, first: int) -> None:  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", INTERRUPTED, str(first), str(int(number)), str(tmp_path)],
+                          capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, f"{first} 0\n"), done.stderr
 
 
 def test_two_distributions_at_once_are_refused_before_anything_starts(
