@@ -14,6 +14,7 @@ import pytest
 
 from deeprob_perception.bags import open_bag
 from deeprob_perception.demo import closed_loop, episodes
+from deeprob_perception.demo.folder import make_room
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import deserialize
 from deeprob_perception.robots import Robot, parse
@@ -100,6 +101,19 @@ def test_what_is_missing_is_said_in_a_line(tmp_path):
     done = deeprob("eval", "closed-loop", "--episodes", "1", "--robot", str(tmp_path / "none.urdf"), "--out", str(tmp_path))
     assert done.returncode == 2 and "Traceback" not in done.stderr
     assert "robot_cell" in done.stderr and "none.urdf" in done.stderr
+
+
+def test_what_an_earlier_run_left_goes_first_and_a_folder_that_cannot_be_is_named(tmp_path):
+    out = tmp_path / "out"
+    (out / "logs").mkdir(parents=True)
+    for name in ("logs/policy.log", "report.html", "mine.txt"):
+        (out / name).write_text("old")
+    make_room(out, out / "logs", out / "report.html", out / "summary.json")
+    assert sorted(path.name for path in out.rglob("*")) == ["logs", "mine.txt"]
+    (tmp_path / "file").touch()
+    done = deeprob("demo", "--closed-loop", "--out", str(tmp_path / "file" / "x"))
+    assert done.returncode == 2 and "Traceback" not in done.stderr
+    assert re.search(r"cannot write to .*file/x: Not a directory; name another folder", done.stderr.replace("\n", " "))
 
 
 def test_a_summary_of_episodes_counts_by_class_and_takes_the_median_of_those_that_touched():

@@ -1,7 +1,9 @@
 # SPDX-License-Identifier: Apache-2.0
 """`deeprob doctor` in broken surroundings: each is named, with advice, and none takes the others down."""
 
+import functools
 import json
+import sys
 
 import pytest
 from typer.testing import CliRunner
@@ -10,6 +12,7 @@ from deeprob_perception import engines, zoo
 from deeprob_perception.cli import app, commands  # noqa: F401
 from deeprob_perception.doctor import models, ros, system
 from deeprob_perception.doctor.check import FAIL, OFF, OK, WARN, redacted, run
+from deeprob_perception.errors import PerceptionError
 from deeprob_perception.nodes import dds
 
 FAST = ("rmw_fastrtps_cpp", "")
@@ -53,6 +56,19 @@ def test_middleware_names_the_image_size_trap(tmp_path):
     assert small.level == WARN and "sysctl" in small.advice
     assert ros.middleware({}, (None, "no such library")).level == FAIL
     assert ros.middleware({}, (None, "rclpy is not installed")).level == OFF
+
+
+@pytest.mark.parametrize(("environ", "loads", "words"), [
+    ({}, "absent", r"the demo needs ROS 2: source its setup\.bash, or pip install"),
+    ({}, "broken", r"the demo needs ROS 2, and jazzy .*does not load: .*rclpy"),
+    ({"ROS_DISTRO": "humble"}, "here", r"the demo needs one ROS 2, and there are mixed distributions: .*humble ROS_DISTRO"),
+])  # fmt: skip
+def test_what_needs_ros_says_what_is_wrong_with_it(monkeypatch, environ, loads, words):
+    monkeypatch.setattr(ros, "distribution", functools.partial(ros.distribution, environ, {"jazzy"}))
+    monkeypatch.setattr(ros.importlib.util, "find_spec", lambda name: None if loads == "absent" else object())
+    monkeypatch.setitem(sys.modules, "rclpy", None)  # an import of it raises ImportError
+    with pytest.raises(PerceptionError, match=words):
+        ros.require_ros("the demo")
 
 
 def test_processor_and_board(tmp_path):

@@ -139,7 +139,7 @@ def test_only_nodes_import_ros() -> None:
     """Replay, training and the command line must run where no ROS is installed."""
     ros = {element.text for element in manifest().iter("exec_depend")}
     # These are asked for, and done without (or asked of the user) where they are absent.
-    optional = {"messages": {"cv_bridge"}, "share": {"ament_index_python"}, "cli": {"rclpy"}}
+    optional = {"messages": {"cv_bridge"}, "share": {"ament_index_python"}, "doctor": {"rclpy"}}
     for path in SOURCES:
         here = part(dotted(path))
         found = {name.split(".")[0] for name in imports(path)} & ros

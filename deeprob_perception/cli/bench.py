@@ -102,7 +102,8 @@ def node(
 
     from deeprob_perception.bench.node import Plan, bench
     from deeprob_perception.bench.report import node_section, write_section
-    from deeprob_perception.errors import BagError, EngineError
+    from deeprob_perception.doctor.ros import require_ros
+    from deeprob_perception.errors import BagError
     from deeprob_perception.share import share_dir
 
     plan = Plan(parse_rates(rates), seconds, search, search_seconds)
@@ -111,10 +112,9 @@ def node(
     pictures = bag or share_dir() / "bags" / "sample.mcap"
     if not pictures.exists():
         raise BagError(f"there is no bag {pictures}")
-    try:
-        from deeprob_perception.nodes.measure import Setting, measure, session
-    except ImportError as error:
-        raise EngineError(f"`deeprob bench node` needs ROS 2 ({error}); the extra `ros` installs it from PyPI") from error
+    require_ros("`deeprob bench node`")
+    from deeprob_perception.nodes.measure import Setting, measure, session
+
     setting = Setting(model, backend, precision, threads, width, height, transport, pictures)
     console = Console()
     with console.status("starting") as status:

@@ -8,18 +8,9 @@ import typer
 
 from deeprob_perception.cli import app
 from deeprob_perception.cli.replay import place
-from deeprob_perception.errors import PerceptionError
+from deeprob_perception.doctor.ros import require_ros
 
 Topics = Annotated[list[str] | None, typer.Option(help="A topic; repeat for several. Default: all.")]
-
-
-def require_ros() -> None:
-    """Raise PerceptionError, saying how to get it, where rclpy cannot be imported."""
-    try:
-        import rclpy  # noqa: F401
-    except ImportError as error:
-        raise PerceptionError(f"this needs ROS 2 ({error}): source its setup.bash, or install it from PyPI with "
-                              "`pip install 'deeprob_perception[ros]'`") from error
 
 
 @app.command()
@@ -40,7 +31,7 @@ def play(
         bool, typer.Option("--restamp", help="Replace stamps by the time of playing, so that latency shows.")] = False,
 ) -> None:
     """Publish a bag on live topics with its timing: its serialised messages, reliably."""
-    require_ros()
+    require_ros("`deeprob play`")
     from deeprob_perception.nodes.play import PlayOptions
     from deeprob_perception.nodes.play import play as run
 
@@ -62,7 +53,7 @@ def record(
     duration: Annotated[float | None, typer.Option(min=0, help="Seconds; without it, until Ctrl-C.")] = None,
 ) -> None:
     """Record live topics to an mcap, latched ones too."""
-    require_ros()
+    require_ros("`deeprob record`")
     from deeprob_perception.nodes.record import record as run
 
     report("recorded", out, run(out, topics or (), duration, say=say))
@@ -76,7 +67,7 @@ def seed(
     timeout: Annotated[float, typer.Option(min=0, help="Seconds to wait for the node.")] = 30.0,
 ) -> None:
     """Tell a running tracking node what to track from its next frame on."""
-    require_ros()
+    require_ros("`deeprob seed`")
     from deeprob_perception.nodes.seed import seed as run
     from deeprob_perception.tracking.evaluate import read_mask
 

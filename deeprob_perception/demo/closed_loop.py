@@ -17,7 +17,9 @@ from rich.table import Table
 
 from deeprob_perception import machine, zoo
 from deeprob_perception.demo import episodes as recorded_episodes
-from deeprob_perception.demo.processes import Diagnostics, Group, require_ros
+from deeprob_perception.demo.folder import make_room
+from deeprob_perception.demo.processes import Diagnostics, Group
+from deeprob_perception.doctor.ros import require_ros
 from deeprob_perception.errors import PerceptionError
 
 START_LIMIT = 180.0  # seconds for all nodes to be ready; OpenVINO's first run compiles without its cache
@@ -60,12 +62,7 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
         raise PerceptionError("the closed loop needs mujoco: pip install 'deeprob_perception[sim]'")
     model, policy = zoo.resolve(options.model), zoo.resolve(options.policy)
     logs = options.out / "logs"
-    try:
-        logs.mkdir(parents=True, exist_ok=True)
-        for old in logs.glob("*.log"):
-            old.unlink()
-    except OSError as error:
-        raise PerceptionError(f"cannot write to {options.out}: {error.strerror}; name another folder with --out") from error
+    make_room(options.out, logs)
     nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
     # Mesa's threads would take the nodes' cores.
     with Group(logs, list(nodes.values()), LP_NUM_THREADS="1") as group:
@@ -165,8 +162,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     bag, video = options.out / "closed_loop.mcap", options.out / "closed_loop.mp4"
     report, written = options.out / "report.html", options.out / "summary.json"
-    for old in (bag, video, report, written):
-        old.unlink(missing_ok=True)
+    make_room(options.out, options.out / "logs", bag, video, report, written)
     found = []
     for episode in episodes(options, console, bag):
         show(episode, console)

@@ -9,28 +9,16 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
-from importlib.util import find_spec
 from pathlib import Path
 from threading import Thread
 from typing import Any
 
-from deeprob_perception.doctor.check import FAIL
-from deeprob_perception.doctor.ros import distribution
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.isolation import isolated
 
 # Seconds that a process has to end after a signal; the recorder still writes its index then.
 PATIENCE = 20.0
 LOOK = 0.1  # seconds between two looks at what is waited for
-
-
-def require_ros(what: str) -> None:
-    """:raises PerceptionError: without a ROS 2, or with two, whose libraries do not load together."""
-    if find_spec("rclpy") is None:
-        raise PerceptionError(f"{what} needs ROS 2: source its setup.bash, or pip install 'deeprob_perception[ros]'")
-    found = distribution()
-    if found.level == FAIL:
-        raise PerceptionError(f"{what} needs one ROS 2, and there are {found.text}: {found.advice}")
 
 
 class Process:

