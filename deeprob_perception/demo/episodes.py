@@ -23,6 +23,7 @@ from deeprob_perception.timing import Samples
 from deeprob_perception.video import VideoWriter
 
 _COLOURS = ("#2563eb", "#dc2626", "#059669", "#d97706", "#7c3aed", "#0891b2", "#be185d", "#4b5563", "#84cc16")
+_ABOVE: dict[str, Any] = {"loc": "lower left", "bbox_to_anchor": (0.0, 1.0)}  # of the axes, where no curve is
 
 
 @dataclass
@@ -141,7 +142,7 @@ def distance_plot(figures: Figures) -> str:
         axes.annotate("touch", (1.005, 2.0), xycoords=("axes fraction", "data"), va="center", color=report.MUTED, fontsize=9)
         axes.set(xlabel="time (s)", ylabel="tool to surface (cm)", ylim=(-2, None))
         if len(figures.distance) <= 8:
-            axes.legend(frameon=False, ncols=4, fontsize=8)
+            axes.legend(frameon=False, ncols=8, fontsize=8, **_ABOVE)
     return drawn[0]
 
 
@@ -155,5 +156,5 @@ def action_plot(figures: Figures, column: int, label: str) -> str:
                       color=_COLOURS[joint % len(_COLOURS)], linewidth=1.2, label=name)  # fmt: skip
         axes.set(xlabel="time (s)", ylabel=label)
         if figures.joints:
-            axes.legend(frameon=False, fontsize=7, ncols=2)
+            axes.legend(frameon=False, fontsize=7, ncols=4, columnspacing=1.0, **_ABOVE)
     return drawn[0]
