@@ -139,7 +139,12 @@ def test_results_equal_cv_bridge(encoding):
     bridge = pytest.importorskip("cv_bridge", reason="cv_bridge is not installed (it comes with a ROS distribution)")
     sensor_msgs = pytest.importorskip("sensor_msgs.msg", reason="sensor_msgs is not installed")
     message = images.fill_image(sensor_msgs.Image(), images.to_array(random_image(encoding, 12, 16, seed=5)), encoding)
-    assert np.array_equal(images.to_bgr(message), bridge.CvBridge().imgmsg_to_cv2(message, "bgr8"))
+    try:
+        expected = bridge.CvBridge().imgmsg_to_cv2(message, "bgr8")
+    except bridge.CvBridgeError:
+        assert encoding in ("uyvy", "yuyv"), "the older names of the two, yuv422 and yuv422_yuy2, are all that it knows"
+        return
+    assert np.array_equal(images.to_bgr(message), expected)
 
 
 @pytest.mark.parametrize("padding", [0, 5])
