@@ -19,6 +19,7 @@ from deeprob_perception.errors import DataError, ModelError
 from deeprob_perception.segmentation.classes import CLASS_SETS, class_set
 from deeprob_perception.segmentation.dataset import VOID, find_samples, read_label
 from deeprob_perception.segmentation.scores import Confusion
+from deeprob_perception.segmentation.segmenter import resized
 
 torch = pytest.importorskip("torch", reason="training needs the extra `train` (torch)")
 
@@ -128,6 +129,26 @@ def test_a_crop_moves_image_and_label_alike(coloured):
         agree += int((nearest == label)[valid].sum())
         known += int(valid.sum())
     assert agree / known > 0.97  # the rest: blended pixels on edges
+
+
+@pytest.mark.parametrize("times", [1, 2, 3])
+def test_a_crop_that_shrinks_is_what_the_engine_gets(times, tmp_path):
+    """Trained on blurred or aliased pictures, a network would see others on the robot."""
+    height, width = 48, 64
+    picture = np.random.default_rng(times).integers(0, 256, (height * times, width * times, 3), dtype=np.uint8)
+    for name, content in (("images", picture), ("labels", picture[..., 0] // 128)):
+        (tmp_path / name).mkdir()
+        cv2.imwrite(str(tmp_path / name / "a.png"), content)
+    augmentation = Augmentation(crop=(height, width), scale=(1 / times, 1 / times), stretch=0.0, rotate=0.0)
+    crop = CropDataset(find_samples(tmp_path), 2, augmentation)._crop
+    engine = resized(picture, height, width).astype(int)
+    flipped = set()
+    for seed in range(8):
+        image, _ = crop(picture, picture[..., 0] // 128, np.ones(2, bool), np.random.default_rng(seed))
+        differences = [np.abs(image[:, ::way] - engine).max() for way in (1, -1)]
+        flipped.add(int(np.argmin(differences)))
+        assert min(differences) <= 1
+    assert flipped == {0, 1}
 
 
 def test_loss_ignores_void_and_falls_with_the_right_answer():

@@ -69,7 +69,7 @@ class CropDataset(Dataset):
     def _crop(
         self, image: np.ndarray, label: np.ndarray, present: np.ndarray, rng: np.random.Generator
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Scale, stretch, rotate, flip and crop in one affine warp, so that pixels are resampled once."""
+        """Scale, stretch, rotate, flip and crop in one affine warp."""
         a = self.augmentation
         height, width = label.shape
         crop_height, crop_width = a.crop
@@ -91,13 +91,17 @@ class CropDataset(Dataset):
         flip = -1.0 if rng.random() < 0.5 else 1.0
         cos, sin = np.cos(angle), np.sin(angle)
         linear = np.array([[flip * sx * cos, -flip * sx * sin], [sy * sin, sy * cos]])
-        shift = np.array([crop_width / 2, crop_height / 2]) - linear @ np.array([centre_x, centre_y])
+        # OpenCV counts from the middle of the first pixel, the numbers above from the picture's edge.
+        shift = np.array([crop_width / 2 - 0.5, crop_height / 2 - 0.5]) - linear @ np.array([centre_x - 0.5, centre_y - 0.5])
         matrix = np.column_stack((linear, shift))
         size = (crop_width, crop_height)
-        if min(sx, sy) < 0.7:  # bilinear sampling alone would alias
-            image = cv2.GaussianBlur(image, (0, 0), 0.35 / min(sx, sy))
-        fill = cv2.mean(image)[:3]
-        image = cv2.warpAffine(image, matrix, size, flags=cv2.INTER_LINEAR, borderValue=fill)
+        # Shrunk pictures are means over areas, as `segmenter.resized` makes them for the engine; bilinear sampling would alias.
+        finer = max(1, round(1 / min(sx, sy)))
+        fine = finer * matrix + [[0, 0, (finer - 1) / 2]]  # pixel i is the mean of pixels finer * i ... finer * i + finer - 1
+        image = cv2.warpAffine(image, fine, (finer * crop_width, finer * crop_height), flags=cv2.INTER_LINEAR,
+                               borderValue=cv2.mean(image)[:3])
+        if finer > 1:
+            image = cv2.resize(image, size, interpolation=cv2.INTER_AREA)
         label = cv2.warpAffine(label, matrix, size, flags=cv2.INTER_NEAREST, borderValue=VOID)
         return image, label
 
