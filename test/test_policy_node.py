@@ -392,6 +392,9 @@ class FakeTf2:
     """Stands in for the package tf2_ros, which is not on PyPI: one transform, a quarter turn about z and a shift."""
 
     class Buffer:
+        def __init__(self, node):
+            pass
+
         def lookup_transform(self, target, source, when):
             if (target, source) != ("left_base", "map"):
                 raise LookupError(f"no frame {source}")

@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segmentation node, live: a process of its own, fed and heard over DDS."""
 
-import json
 import shutil
 import signal
 import time
@@ -10,11 +9,11 @@ import cv2
 import numpy as np
 import pytest
 from ros_harness import BEST_EFFORT, LATCHED, PATIENCE, Probe, isolated_ros, segmentation_node
-from std_msgs.msg import String
 
 from deeprob_perception import engines
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, make_header, message, serialize, stamp_ns
 from deeprob_perception.messages.images import make_compressed, make_image, to_array, to_bgr
+from deeprob_perception.nodes.labels import LABEL_TYPES, names_of
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.overlay import draw
 
@@ -112,9 +111,9 @@ def test_bad_images_are_named_in_diagnostics_and_the_next_good_one_is_processed(
 
 
 def test_class_names_reach_a_late_subscriber(probe):
-    heard = probe.listen("/segmentation/label_info", String, LATCHED)
+    heard = probe.listen("/segmentation/label_info", LABEL_TYPES[0], LATCHED)
     probe.until(lambda: heard, "class names")
-    assert json.loads(heard[0].data) == {str(i): name for i, name in enumerate(CLASSES)}
+    assert names_of(heard[0]) == list(CLASSES)
 
 
 def test_live_parameters_change_the_overlay_and_wrong_ones_are_refused_all_together(probe, segmenter):

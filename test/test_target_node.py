@@ -2,10 +2,12 @@
 """The target node, live: a mask, depth and calibration over DDS, and where the object is comes back in the robot's frame."""
 
 import json
+import sys
 import time
 
 import numpy as np
 import pytest
+from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PointStamped
 from hypothesis import given
 from hypothesis import strategies as st
@@ -15,10 +17,11 @@ from std_msgs.msg import String
 
 from deeprob_perception.messages.cdr import IMAGE, make_header, serialize, stamp_ns
 from deeprob_perception.messages.images import make_image
+from deeprob_perception.nodes.labels import LABEL_TYPES, label_info
 from deeprob_perception.target import Pairs
 
 HEIGHT, WIDTH, FOCAL = 48, 64, 100.0
-NAMES = {"0": "background", "1": "table", "2": "mug"}
+NAMES = ["background", "table", "mug"]
 FRAME = "camera_optical"
 # The camera hangs on a turning joint, 1 m up, and looks down: x right is the root's -y, y down its -x.
 ROBOT = """<robot name="stand">
@@ -49,12 +52,13 @@ def node(tmp_path_factory):
 class Camera(Probe):
     """Publishes what a segmentation node and a depth camera would, of one mug, and hears the goals."""
 
-    def __init__(self, process, target="/target"):
+    def __init__(self, process, target="/target", names_as=LABEL_TYPES[0]):
         super().__init__(process, target)
         create = self.node.create_publisher
         self.masks, self.depths = create(Image, "mask", RELIABLE), create(Image, "depth", RELIABLE)
         self.infos = create(CameraInfo, "camera_info", RELIABLE)
-        self.labels = create(String, "label_info", LATCHED)
+        self.labels = create(names_as, "label_info", LATCHED)
+        self._names_as = names_as
         self.descriptions = create(String, "robot_description", LATCHED)
         self.states = create(JointState, "joint_states", RELIABLE)
         self.goals = self.listen(f"{target}/goal", PointStamped)
@@ -63,7 +67,8 @@ class Camera(Probe):
 
     def ready(self, neck=0.0, description=ROBOT):
         self.descriptions.publish(String(data=description))
-        self.labels.publish(String(data=json.dumps(NAMES)))
+        as_text = self._names_as is String
+        self.labels.publish(String(data=json.dumps(dict(enumerate(NAMES)))) if as_text else label_info(NAMES, Time()))
         self.states.publish(JointState(name=["neck", "wheel"], position=[neck, 3.0]))
         info = CameraInfo(width=WIDTH, height=HEIGHT, k=[FOCAL, 0.0, 31.5, 0.0, FOCAL, 23.5, 0.0, 0.0, 1.0])
         self.infos.publish(info)
@@ -160,6 +165,28 @@ def test_why_there_is_no_goal_is_told_and_the_next_good_frame_gives_one(camera):
     camera.goal()
     camera.silent("no mug in view", columns=slice(0, 0))
     camera.silent("0 of the mug's 200 pixels have depth", depth=0.0)
+    camera.goal()
+
+
+@pytest.mark.ros
+@pytest.mark.parametrize("names_as", LABEL_TYPES, ids=lambda kind: kind.__name__)
+def test_names_are_heard_in_the_type_that_their_publisher_has(node, names_as):
+    """A node with vision_msgs beside a segmentation node, or a bag, without."""
+    camera = Camera(node, names_as=names_as)
+    try:
+        assert all(camera.transition(label) for label in ("deactivate", "cleanup", "configure"))  # old names are forgotten
+        assert camera.transition("activate")
+        np.testing.assert_allclose(at(camera.goal()), expected(), atol=1e-6)
+    finally:
+        camera.close()
+
+
+@pytest.mark.ros
+def test_masks_without_a_frame_are_told_with_what_to_set(camera, monkeypatch):
+    camera.goal()
+    monkeypatch.setattr(sys.modules[__name__], "FRAME", "")
+    camera.silent("have no frame_id: name the camera's frame by camera_frame")
+    monkeypatch.setattr(sys.modules[__name__], "FRAME", "/camera_optical")  # as in the days of tf
     camera.goal()
 
 

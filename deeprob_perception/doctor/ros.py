@@ -121,7 +121,7 @@ def discovery(environ: Mapping[str, str] = os.environ) -> Check:
 
 def optional() -> Check:
     """Return what some commands use where it is there; a broken cv_bridge harms nobody, since images are converted without."""
-    names = ("cv_bridge", "vision_msgs", "launch", "launch_ros", "mujoco", "torch", "transformers")
+    names = ("cv_bridge", "vision_msgs", "tf2_ros", "launch", "launch_ros", "mujoco", "torch", "transformers")
     found = {name: installed(name) for name in names}
     have, lack = [n for n in names if found[n]], [n for n in names if not found[n]]
     return Check("optional", OK if have else OFF, f"found: {', '.join(have) or 'none'}; absent: {', '.join(lack) or 'none'}")

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 from rosbags.serde import SerdeError
-from rosbags.typesys import Stores, get_typestore
+from rosbags.typesys import Stores, get_types_from_msg, get_typestore
 from rosbags.typesys.store import Typestore
 
 from deeprob_perception.errors import MessageError
@@ -18,6 +18,7 @@ from deeprob_perception.errors import MessageError
 IMAGE = "sensor_msgs/msg/Image"
 COMPRESSED_IMAGE = "sensor_msgs/msg/CompressedImage"
 STRING = "std_msgs/msg/String"
+LABEL_INFO = "vision_msgs/msg/LabelInfo"
 # Their payload, `data`, is the last field: serialize() relies on it.
 _PAYLOAD_LAST = frozenset({IMAGE, COMPRESSED_IMAGE})
 _NO_DATA = np.empty(0, np.uint8)
@@ -25,8 +26,12 @@ _NO_DATA = np.empty(0, np.uint8)
 
 @lru_cache(maxsize=1)
 def typestore() -> Typestore:
-    """Return the message types of ROS 2 Jazzy; the ones used here have been the same since Dashing."""
-    return get_typestore(Stores.ROS2_JAZZY)
+    """Return the message types of ROS 2 Jazzy, and of vision_msgs what our nodes publish; all used here are Dashing's, too."""
+    store = get_typestore(Stores.ROS2_JAZZY)
+    store.register(get_types_from_msg("uint16 class_id\nstring class_name", "vision_msgs/msg/VisionClass"))
+    fields = "std_msgs/Header header\nvision_msgs/VisionClass[] class_map\nfloat32 threshold"
+    store.register(get_types_from_msg(fields, LABEL_INFO))
+    return store
 
 
 def message(msgtype: str, *fields: Any) -> Any:

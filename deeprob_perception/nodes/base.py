@@ -30,7 +30,7 @@ from deeprob_perception.messages.images import make_compressed, make_image, to_b
 from deeprob_perception.nodes.diagnostics import Diagnostics
 from deeprob_perception.nodes.distro import SubscriptionEventCallbacks, UnsupportedEventTypeError
 from deeprob_perception.nodes.engine_source import EngineSource, Wish
-from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, reported, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.slot import Frame, FrameSlot, Pace
 from deeprob_perception.nodes.traffic import Traffic, measured
@@ -137,6 +137,7 @@ class CameraNode(PerceptionNode):
             return self.not_configured(error)
         return super().on_configure(state)
 
+    @reported
     def on_activate(self, state: Any) -> TransitionCallbackReturn:
         result = super().on_activate(state)
         self.slot.open()

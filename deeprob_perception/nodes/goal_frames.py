@@ -30,14 +30,13 @@ class GoalFrames:
             if not np.isfinite(positions).all():
                 return f"the goal is in the frame {frame}, and the joints' positions are not known yet"
             pose = robot.forward_kinematics(positions, [link])[0]
-        elif self._transforms.absence:
-            return (f"the goal is in the frame {frame}, which is neither the root {root} nor a link between it and the tip, "
-                    f"and {self._transforms.absence}: publish it in the root's frame")
         else:
             try:
                 pose = self._transforms.pose(root, frame)
             except TransformError as error:
-                return f"tf2 does not relate the goal's frame {frame} to {root}: {error}"
+                why = str(error) if self._transforms.absence else f"tf2 does not relate them: {error}"
+                return (f"the goal is in the frame {frame}, which is neither the root {root} nor a link between it and the "
+                        f"tip, and {why}; publish it in the root's frame")
         return pose[:3, :3] @ point + pose[:3, 3]
 
     def close(self) -> None:

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """What every node of ours is before it does anything: a lifecycle node that logs, refuses politely, and ends when told to."""
 
+import functools
 import logging
 import signal
 import traceback
@@ -18,6 +19,22 @@ from deeprob_perception.nodes.dds import use_large_image_profile
 from deeprob_perception.nodes.parameters import Settings
 
 SUCCESS, FAILURE = TransitionCallbackReturn.SUCCESS, TransitionCallbackReturn.FAILURE
+
+
+def reported(
+    transition: Callable[[Any, Any], TransitionCallbackReturn],
+) -> Callable[[Any, Any], TransitionCallbackReturn]:
+    """Let a transition that raises say why, and end unconfigured; rclpy drops the exception."""
+
+    @functools.wraps(transition)
+    def call(node: "PerceptionNode", state: Any) -> TransitionCallbackReturn:
+        try:
+            return transition(node, state)
+        except Exception as error:
+            node.not_configured(error)
+            return TransitionCallbackReturn.ERROR
+
+    return call
 
 
 class PerceptionNode(LifecycleNode):

@@ -24,7 +24,7 @@ from deeprob_perception.errors import RobotError, describe
 from deeprob_perception.nodes.base import LATCHED, engine_facts, engine_settings
 from deeprob_perception.nodes.commands import OUTPUTS, Commander, markers
 from deeprob_perception.nodes.goal_frames import GoalFrames
-from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, reported, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.policy_diagnostics import PolicyDiagnostics
 from deeprob_perception.policy.approach import Approach
@@ -177,6 +177,7 @@ class PolicyNode(PerceptionNode):
 
     # Activate ---------------------------------------------------------------------------------------------------------
 
+    @reported
     def on_activate(self, state: Any) -> TransitionCallbackReturn:
         result = super().on_activate(state)
         self.beat = Beat(1 / self.settings["rate"])

@@ -28,7 +28,7 @@ from deeprob_perception.messages.images import make_compressed, make_image
 from deeprob_perception.nodes.base import LATCHED, OUTPUT
 from deeprob_perception.nodes.diagnosis import Level
 from deeprob_perception.nodes.diagnostics import PERIOD, status_of
-from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
+from deeprob_perception.nodes.lifecycle import PerceptionNode, reported, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.sim.arms import ARMS, TOOL
 from deeprob_perception.sim.camera import OPTICAL_FRAME
@@ -127,6 +127,7 @@ class RobotCellNode(PerceptionNode):
 
     # Activate ---------------------------------------------------------------------------------------------------------
 
+    @reported
     def on_activate(self, state: Any) -> TransitionCallbackReturn:
         result = super().on_activate(state)
         settings = self.settings

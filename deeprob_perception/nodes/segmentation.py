@@ -1,7 +1,6 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segmentation node: camera images in; label mask, confidence, overlay, class names out (docs/segmentation.md)."""
 
-import json
 import sys
 from collections.abc import Iterator
 from typing import Any
@@ -9,21 +8,16 @@ from typing import Any
 import numpy as np
 from rclpy.lifecycle.publisher import LifecyclePublisher
 from sensor_msgs.msg import CompressedImage, Image
-from std_msgs.msg import String
 
 from deeprob_perception import zoo
 from deeprob_perception.errors import ModelError
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE
 from deeprob_perception.messages.images import make_compressed, make_image
 from deeprob_perception.nodes.base import LATCHED, CameraNode, engine_facts, engine_settings, measured, spin
+from deeprob_perception.nodes.labels import LABEL_TYPES, label_info
 from deeprob_perception.nodes.parameters import Setting
 from deeprob_perception.segmentation import Segmenter
 from deeprob_perception.segmentation.overlay import draw
-
-try:
-    from vision_msgs.msg import LabelInfo, VisionClass
-except ImportError:  # not on PyPI, and without LabelInfo before 4.1
-    LabelInfo = None
 
 ALL = "all"
 
@@ -84,14 +78,14 @@ class SegmentationNode(CameraNode):
         self.add_output("confidence", Image, IMAGE)
         self.add_output("overlay", Image, IMAGE)
         self.add_output("overlay/compressed", CompressedImage, COMPRESSED_IMAGE)
-        self._label_info = self.create_lifecycle_publisher(LabelInfo or String, "~/label_info", LATCHED)
+        self._label_info = self.create_lifecycle_publisher(LABEL_TYPES[0], "~/label_info", LATCHED)
 
     # Activate ---------------------------------------------------------------------------------------------------------
 
     def on_activate(self, state: Any) -> Any:
         result = super().on_activate(state)
         assert self._segmenter is not None and self._label_info is not None
-        self._label_info.publish(label_info(self._segmenter.class_names))
+        self._label_info.publish(label_info(self._segmenter.class_names, self.get_clock().now().to_msg()))
         return result
 
     # Callbacks --------------------------------------------------------------------------------------------------------
@@ -138,16 +132,6 @@ class SegmentationNode(CameraNode):
         if self._label_info is not None:
             self.destroy_lifecycle_publisher(self._label_info)
             self._label_info = None
-
-
-def label_info(class_names: list[str]) -> Any:
-    """Return vision_msgs/LabelInfo, where that exists; else a std_msgs/String of JSON, `{"0": "background", ...}`."""
-    if LabelInfo is None:
-        return String(data=json.dumps(dict(enumerate(class_names))))
-    message = LabelInfo(threshold=0.0)
-    for index, name in enumerate(class_names):
-        message.class_map.append(VisionClass(class_id=index, class_name=name))
-    return message
 
 
 def main(args: list[str] | None = None) -> None:

@@ -5,7 +5,6 @@ One thread does all of it: a frame takes some milliseconds (`locate_p50_ms` in d
 mask has found its depth image.
 """
 
-import json
 import sys
 import traceback
 from time import monotonic, perf_counter
@@ -24,18 +23,14 @@ from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, deserialize
 from deeprob_perception.messages.headers import stamp_of
 from deeprob_perception.messages.images import to_array
 from deeprob_perception.nodes.base import LATCHED, OUTPUT, SENSOR
-from deeprob_perception.nodes.lifecycle import PerceptionNode, spin
+from deeprob_perception.nodes.labels import LABEL_TYPES, names_of, ros_name
+from deeprob_perception.nodes.lifecycle import PerceptionNode, reported, spin
 from deeprob_perception.nodes.parameters import Setting, Settings
 from deeprob_perception.nodes.target_diagnostics import TargetDiagnostics
 from deeprob_perception.nodes.transforms import TransformError, Transforms
 from deeprob_perception.robots import Urdf, parse, read
 from deeprob_perception.target import CameraMount, Intrinsics, Pairs, Sighting, Steady, locate, metres, pose_of
 from deeprob_perception.timing import Samples
-
-try:
-    from vision_msgs.msg import LabelInfo
-except ImportError:  # the segmentation node then publishes the names as JSON
-    LabelInfo = None
 
 STATES = QoSProfile(depth=20, reliability=ReliabilityPolicy.BEST_EFFORT)
 WINDOW = 600  # frames whose times are kept
@@ -96,6 +91,7 @@ class TargetNode(PerceptionNode):
         self._transforms: Transforms | None = None
         self._output: Any = None
         self._inputs: list[Any] = []
+        self._labels: Any = None
         self._diagnostics = TargetDiagnostics(self)
 
     def topic(self, name: str) -> str:
@@ -137,6 +133,7 @@ class TargetNode(PerceptionNode):
 
     # Activate ---------------------------------------------------------------------------------------------------------
 
+    @reported
     def on_activate(self, state: Any) -> TransitionCallbackReturn:
         result = super().on_activate(state)
         settings = self.settings
@@ -150,7 +147,6 @@ class TargetNode(PerceptionNode):
             (Image, "mask", self._on_mask, SENSOR, True),
             (kind, depth, self._on_depth, SENSOR, True),
             (CameraInfo, "camera_info", self._on_camera_info, SENSOR, False),
-            (LabelInfo or String, "label_info", self._on_label_info, LATCHED, False),
         ]
         if settings["camera_pose_from"] == "robot":
             wanted.append((JointState, "joint_states", self._on_joint_states, STATES, False))
@@ -160,24 +156,32 @@ class TargetNode(PerceptionNode):
             self.create_subscription(kind, topic, callback, qos, raw=raw,
                                      qos_overriding_options=QoSOverridingOptions.with_default_policies())
             for kind, topic, callback, qos, raw in wanted]  # fmt: skip
+        self._listen_for_names()
         self.get_logger().info(f"active: {self.topic('mask')}, {self.topic(depth)}, {self.topic('camera_info')} -> "
                                f"{self._output.topic_name}")
         return result
+
+    def _listen_for_names(self) -> str:
+        """Subscribe to the classes' names in the type that somebody publishes them in: DDS keeps the others apart.
+
+        :returns: the types that are published and cannot be read here, or "".
+        """
+        topic = self.topic("label_info")
+        offered = {info.topic_type for info in self.get_publishers_info_by_topic(topic)}
+        kind = next((kind for kind in LABEL_TYPES if ros_name(kind) in offered), LABEL_TYPES[0])
+        if self._labels is None or self._labels.msg_type is not kind:
+            if self._labels is not None:
+                self.destroy_subscription(self._labels)
+            self._labels = self.create_subscription(kind, "label_info", self._on_label_info, LATCHED)
+        return ", ".join(sorted(offered - {ros_name(kind) for kind in LABEL_TYPES}))
 
     # Callbacks --------------------------------------------------------------------------------------------------------
 
     def _on_label_info(self, message: Any) -> None:
         try:
-            if isinstance(message, String):
-                pairs = {int(key): str(name) for key, name in json.loads(message.data).items()}
-            else:
-                pairs = {entry.class_id: entry.class_name for entry in message.class_map}
-            last = max(pairs, default=-1)
-            if not 0 <= last < 65536:  # of a 16-bit mask
-                raise ValueError
-            self._names = [pairs.get(i, "") for i in range(last + 1)]
-        except (ValueError, AttributeError, TypeError):
-            self.get_logger().error(f"{self.topic('label_info')}: no names of classes: {str(message)[:200]}")
+            self._names = names_of(message)
+        except ValueError as error:
+            self.get_logger().error(f"{self.topic('label_info')}: {error}")
 
     def _on_camera_info(self, message: CameraInfo) -> None:
         try:
@@ -244,7 +248,7 @@ class TargetNode(PerceptionNode):
         mask = deserialize(mask_raw, IMAGE)
         class_id = self._class_id(sought)
         frame = settings["camera_frame"] or mask.header.frame_id
-        pose, base = self._pose(frame)
+        pose, base = self._pose(frame.lstrip("/"), stamp)
         depth = metres(to_array(deserialize(depth_raw, self._depth_type)))
         self._steady.frames, self._steady.seconds = settings["median_frames"], settings["median_seconds"]
         last = self._steady.last(stamp)
@@ -284,31 +288,39 @@ class TargetNode(PerceptionNode):
         if sought.isdecimal():
             return int(sought)
         if self._names is None:
-            raise TargetError(f"no names of classes have come on {self.topic('label_info')}; or give target_class as an id")
+            unread = self._listen_for_names()
+            why = f", where they are {unread}, which cannot be read here" if unread else ""
+            raise TargetError(f"no names of classes have come on {self.topic('label_info')}{why}; "
+                              "or give target_class as an id")
         if fault := self._class_fault(sought):
             raise TargetError(fault)
         return self._names.index(sought)
 
-    def _pose(self, frame: str) -> tuple[np.ndarray, str]:
-        """Return the camera's pose `[4, 4]` in the base frame, and that frame's name with its prefix."""
+    def _pose(self, frame: str, stamp: int) -> tuple[np.ndarray, str]:
+        """Return the camera's pose `[4, 4]` in the base frame, and that frame's name with its prefix.
+
+        :param stamp: of the mask, ns.
+        """
         settings, prefix = self.settings, self.settings["frame_prefix"]
         base = settings["base_frame"]
         if settings["camera_pose_from"] == "parameter":
             assert self._given is not None
             return self._given, prefix + (base or (self._urdf.root if self._urdf else ""))
+        if not frame:
+            raise TargetError(f"the masks on {self.topic('mask')} have no frame_id: name the camera's frame by camera_frame")
         if settings["camera_pose_from"] == "tf2":
-            return self._from_tf(prefix + base, frame), prefix + base
+            return self._from_tf(prefix + base, frame, stamp), prefix + base
         if self._urdf is None:
             raise TargetError(self.robot_failure or f"nobody has published {self.topic('robot_description')} yet")
-        link = frame.lstrip("/").removeprefix(prefix)
+        link = frame.removeprefix(prefix)
         if self._mount is None or self._mount.camera != link:
             self._mount = CameraMount(self._urdf, link, base)
         return self._mount.pose(self._positions), prefix + self._mount.base
 
-    def _from_tf(self, base: str, frame: str) -> np.ndarray:
+    def _from_tf(self, base: str, frame: str, stamp: int) -> np.ndarray:
         assert self._transforms is not None
         try:
-            return self._transforms.pose(base, frame)
+            return self._transforms.pose(base, frame, stamp)
         except TransformError as error:
             raise TargetError(f"tf2 does not relate the camera's frame {frame} to {base}: {error}") from error
 
@@ -322,6 +334,9 @@ class TargetNode(PerceptionNode):
         for subscription in self._inputs:
             self.destroy_subscription(subscription)
         self._inputs = []
+        if self._labels is not None:
+            self.destroy_subscription(self._labels)
+            self._labels = None
 
     def _release(self) -> None:
         self._close_inputs()
