@@ -4,13 +4,16 @@
 import json
 import sys
 import time
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import rclpy
 from builtin_interfaces.msg import Time
 from geometry_msgs.msg import PointStamped
 from hypothesis import given
 from hypothesis import strategies as st
+from rclpy.parameter import Parameter
 from ros_harness import LATCHED, PATIENCE, RELIABLE, Probe, Process, isolated_ros
 from sensor_msgs.msg import CameraInfo, Image, JointState
 from std_msgs.msg import String
@@ -18,6 +21,8 @@ from std_msgs.msg import String
 from deeprob_perception.messages.cdr import IMAGE, make_header, serialize, stamp_ns
 from deeprob_perception.messages.images import make_image
 from deeprob_perception.nodes.labels import LABEL_TYPES, label_info
+from deeprob_perception.nodes.lifecycle import SUCCESS
+from deeprob_perception.nodes.target import TargetNode
 from deeprob_perception.target import Pairs
 
 HEIGHT, WIDTH, FOCAL = 48, 64, 100.0
@@ -179,6 +184,24 @@ def test_names_are_heard_in_the_type_that_their_publisher_has(node, names_as):
         np.testing.assert_allclose(at(camera.goal()), expected(), atol=1e-6)
     finally:
         camera.close()
+
+
+@pytest.mark.ros
+def test_what_raises_while_it_is_activated_is_told(monkeypatch):
+    """rclpy drops the exception and ends in `unconfigured`, and nobody would know why."""
+    rclpy.init(context=(context := rclpy.Context()))
+    node = TargetNode(context=context, parameter_overrides=[Parameter("target_class", value="mug")])
+    try:
+        monkeypatch.setattr(node, "create_subscription", Mock(side_effect=RuntimeError("no library for this type")))
+        assert node.trigger_configure() == SUCCESS
+        node.trigger_activate()
+        assert node.state() == "unconfigured" and node.failure.endswith("no library for this type")
+        monkeypatch.undo()
+        assert node.trigger_configure() == node.trigger_activate() == SUCCESS and not node.failure
+    finally:
+        node.close()
+        node.destroy_node()
+        rclpy.try_shutdown(context=context)
 
 
 @pytest.mark.ros
