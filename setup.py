@@ -77,7 +77,7 @@ setup(
         "tensorrt": ["cuda-bindings>=12.6", "filelock>=3.13", TENSORRT_RTX],
         "test": [
             "pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "transformers>=5",
-            "rosbags-image>=0.10.4,<0.11", "colcon-common-extensions>=0.3",
+            "rosbags-image>=0.10.4,<0.11", "colcon-common-extensions>=0.3", "setuptools>=70.1",
             "ruff==0.17.6", "mypy==2.4.1", "nncf>=3.0",
             "cuda-bindings>=12.6", "filelock>=3.13", TENSORRT_RTX,
         ],

@@ -202,7 +202,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 def own_files(*suffixes: str) -> list[Path]:
     """Return the files of the checkout with one of these suffixes, leaving out builds, environments and results."""
-    skipped = {".venv", ".git", "build", "install", "log", "out", "runs", "__pycache__"}
+    skipped = {".venv", ".venv-sourced", ".git", "build", "install", "log", "out", "runs", "__pycache__"}
     return [Path(folder) / name
             for folder, folders, names in os.walk(ROOT)
             if not folders.__setitem__(slice(None), [f for f in folders if f not in skipped])  # type: ignore[func-returns-value]

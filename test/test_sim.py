@@ -383,6 +383,24 @@ def test_sample_bag_is_what_its_recipe_makes(renderer, sample):
             assert np.mean(np.abs(new - old) <= (0 if topic == MASK else 12)) >= least
 
 
+def test_an_opencv_that_lets_no_filter_be_chosen_writes_the_same_pictures(renderer, monkeypatch):
+    """As OpenCV 4's, which goes with numpy 1 and so with a sourced ROS 2."""
+    def first() -> dict[str, np.ndarray]:
+        found = {}
+        for topic, _, message in record.messages(2, 15.0, seed=4, size=(320, 240)):
+            if topic in (DEPTH, MASK):
+                found.setdefault(topic, _picture(message))
+        return found
+
+    expected = first()
+    for name in [name for name in vars(cv2) if name.startswith("IMWRITE_PNG_FILTER")]:
+        monkeypatch.delattr(cv2, name)
+    again = first()
+    assert set(again) == {DEPTH, MASK}
+    for topic, picture in again.items():
+        np.testing.assert_array_equal(picture, expected[topic])
+
+
 def test_an_unstable_simulation_is_logged_and_leaves_no_file(tmp_path, monkeypatch, caplog):
     monkeypatch.chdir(tmp_path)
     caplog.set_level("INFO")
