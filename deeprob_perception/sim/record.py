@@ -127,7 +127,7 @@ def _frame_messages(frame: Frame, stamp: int, rng: np.random.Generator,
 
 
 def _png(chosen: str) -> tuple[int, ...]:
-    """Return how a png is written: as small as it gets, and with this filter where OpenCV lets one choose it (4.11 does not)."""
+    """Return how a png is written: as small as it gets, with this filter where OpenCV lets one choose it (4.11 does not)."""
     options = (cv2.IMWRITE_PNG_COMPRESSION, 9)
     if not hasattr(cv2, "IMWRITE_PNG_FILTER"):
         return options
