@@ -40,6 +40,7 @@ demo: $(VENV)/.stamp-demo $(VENV)/.stamp-rendering  ## Sample bag -> nodes -> re
 	@if [ -e $(VENV)/.stamp-rendering ]; then $(BIN)/deeprob demo --closed-loop; \
 	else echo "the closed loop is left out: this machine cannot render"; fi
 
+# A worker that dies ends the run: given work again, xdist 3.8.0 waits for ever for what was done already.
 test: $(VENV)/.stamp-test $(VENV)/.stamp-rendering  ## Run the whole test suite.
 	$(BIN)/python -m pytest -n 2 --max-worker-restart 0 $(TESTS)
 

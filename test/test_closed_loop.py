@@ -108,7 +108,7 @@ def test_what_an_earlier_run_left_goes_first_and_a_folder_that_cannot_be_is_name
     (out / "logs").mkdir(parents=True)
     for name in ("logs/policy.log", "report.html", "mine.txt"):
         (out / name).write_text("old")
-    make_room(out, out / "logs", out / "report.html", out / "summary.json")
+    make_room(out, out / "report.html", out / "summary.json")
     assert sorted(path.name for path in out.rglob("*")) == ["logs", "mine.txt"]
     (tmp_path / "file").touch()
     done = deeprob("demo", "--closed-loop", "--out", str(tmp_path / "file" / "x"))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from policy_models import JOINTS, LOWER, UPPER, hand, leap_model, reach_model, urdf
 from ros_harness import LATCHED, PATIENCE, RELIABLE, Probe, Process, isolated_ros
+from test_transforms import StandIn
 
 from deeprob_perception import engines
 from deeprob_perception.nodes.commands import Commander, markers
@@ -388,13 +389,10 @@ def test_a_model_or_robot_file_that_cannot_be_loaded_leaves_the_node_up_with_the
         probe.close()
 
 
-class FakeTf2:
-    """Stands in for the package tf2_ros, which is not on PyPI: one transform, a quarter turn about z and a shift."""
+class QuarterTurn(StandIn):
+    """tf2_ros with one transform, a quarter turn about z and a shift."""
 
-    class Buffer:
-        def __init__(self, node):
-            pass
-
+    class Buffer(StandIn.Buffer):
         def lookup_transform(self, target, source, when):
             if (target, source) != ("left_base", "map"):
                 raise LookupError(f"no frame {source}")
@@ -403,17 +401,10 @@ class FakeTf2:
             found.transform.translation.x = 1.0
             return found
 
-    class TransformListener:
-        def __init__(self, buffer, node):
-            pass
-
-        def unregister(self):
-            pass
-
 
 def test_goals_come_from_the_root_the_robots_own_links_and_tf2(monkeypatch):
     robot, point = Robot(parse(urdf()), None, "tool"), np.array([0.1, 0.2, 0.3])
-    monkeypatch.setitem(sys.modules, "tf2_ros", FakeTf2)
+    monkeypatch.setitem(sys.modules, "tf2_ros", QuarterTurn)
     frames = GoalFrames(None, "left_")
     np.testing.assert_array_equal(frames.to_root(robot, HOME, "left_base", point), point)
     pose = robot.forward_kinematics(HOME, ["fore"])[0]

@@ -1,6 +1,7 @@
 # SPDX-License-Identifier: Apache-2.0
 """The segmentation node, live: a process of its own, fed and heard over DDS."""
 
+import json
 import shutil
 import signal
 import time
@@ -9,6 +10,7 @@ import cv2
 import numpy as np
 import pytest
 from ros_harness import BEST_EFFORT, LATCHED, PATIENCE, Probe, isolated_ros, segmentation_node
+from std_msgs.msg import String
 
 from deeprob_perception import engines
 from deeprob_perception.messages.cdr import COMPRESSED_IMAGE, IMAGE, make_header, message, serialize, stamp_ns
@@ -114,6 +116,8 @@ def test_class_names_reach_a_late_subscriber(probe):
     heard = probe.listen("/segmentation/label_info", LABEL_TYPES[0], LATCHED)
     probe.until(lambda: heard, "class names")
     assert names_of(heard[0]) == list(CLASSES)
+    if LABEL_TYPES[0] is String:
+        assert json.loads(heard[0].data) == {str(i): name for i, name in enumerate(CLASSES)}
 
 
 def test_live_parameters_change_the_overlay_and_wrong_ones_are_refused_all_together(probe, segmenter):

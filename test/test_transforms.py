@@ -13,7 +13,7 @@ from builtin_interfaces.msg import Time
 from geometry_msgs.msg import TransformStamped
 from std_msgs.msg import String
 
-from deeprob_perception.messages.cdr import LABEL_INFO, deserialize, message, serialize
+from deeprob_perception.messages.cdr import LABEL_INFO, deserialize, message, serialize, stamp_ns
 from deeprob_perception.nodes.labels import LABEL_TYPES, label_info, names_of, ros_name
 from deeprob_perception.nodes.transforms import TransformError, Transforms
 
@@ -42,7 +42,7 @@ class StandIn:
         set_transform_static = set_transform
 
         def lookup_transform(self, target, source, when):
-            times = [t.header.stamp.sec + t.header.stamp.nanosec / SECOND for t in self.known]
+            times = [stamp_ns(t.header) / SECOND for t in self.known]
             if not times:
                 raise LookupError(f'"{target}" passed to lookupTransform argument target_frame does not exist.')
             seconds = when.nanoseconds / SECOND or times[-1]

@@ -61,8 +61,7 @@ def episodes(options: Options, console: Console, record: Path | None = None) -> 
     if find_spec("mujoco") is None:
         raise PerceptionError("the closed loop needs mujoco: pip install 'deeprob_perception[sim]'")
     model, policy = zoo.resolve(options.model), zoo.resolve(options.policy)
-    logs = options.out / "logs"
-    make_room(options.out, logs)
+    logs = make_room(options.out)
     nodes = {name: Diagnostics(name) for name in ("robot_cell", "segmentation", "target", "policy")}
     # Mesa's threads would take the nodes' cores.
     with Group(logs, list(nodes.values()), LP_NUM_THREADS="1") as group:
@@ -162,7 +161,7 @@ def run(options: Options, console: Console) -> dict[str, Any]:
     """
     bag, video = options.out / "closed_loop.mcap", options.out / "closed_loop.mp4"
     report, written = options.out / "report.html", options.out / "summary.json"
-    make_room(options.out, options.out / "logs", bag, video, report, written)
+    make_room(options.out, bag, video, report, written)
     found = []
     for episode in episodes(options, console, bag):
         show(episode, console)

@@ -6,15 +6,17 @@ from pathlib import Path
 from deeprob_perception.errors import PerceptionError
 
 
-def make_room(out: Path, logs: Path, *results: Path) -> None:
-    """Make the folders, without what an earlier run left: nothing old may pass for a result of this one.
+def make_room(out: Path, *results: Path) -> Path:
+    """Make the folder, without what an earlier run left: nothing old may pass for a result of this one.
 
-    :param logs: every `*.log` in it goes. results: files that the demo will write.
-    :raises PerceptionError: where that cannot be written.
+    :param results: files that the demo will write.
+    :returns: the folder for logs in it. :raises PerceptionError: where that cannot be written.
     """
+    logs = out / "logs"
     try:
         logs.mkdir(parents=True, exist_ok=True)
         for file in (*results, *logs.glob("*.log")):
             file.unlink(missing_ok=True)
     except OSError as error:
         raise PerceptionError(f"cannot write to {out}: {error.strerror}; name another folder with --out") from error
+    return logs

@@ -85,13 +85,13 @@ def run(options: Options, console: Console) -> Outcome:
     metadata = model_file.read(path).metadata
     labels = recording.Labels(json.loads(metadata["classes"]), np.array(json.loads(metadata["palette"]), np.uint8))
     files = _Files(options.out)
-    files.prepare()
+    logs = make_room(files.out, *files.results)
     truth = recording.truth_of(bag_path, image.name)
     objects = plant(options, truth, files.seed) if options.tracking else {}
     outputs = [MASK, LABEL_INFO, "/diagnostics", *(tracks.WANTED if options.tracking else ())]
 
     nodes = [Diagnostics(name) for name in ([NODE, TRACKING] if options.tracking else [NODE])]
-    with Group(files.logs, nodes) as group:
+    with Group(logs, nodes) as group:
         demo = _Demo(group, console)
         demo.start(path, options.backend, image, [*inputs, *outputs], files.recorded)
         if objects:
@@ -174,12 +174,8 @@ class _Files:
         self.recorded, self.video = self.out / "demo.mcap", self.out / "overlay.mp4"
         self.tracks, self.seed = self.out / "tracking.mp4", self.out / "seed_mask.png"
         self.sheet, self.summary = self.out / "contact_sheet.png", self.out / "summary.json"
-        self.report, self.logs = self.out / "report.html", self.out / "logs"
-
-    def prepare(self) -> None:
-        """Make the folder, without what an earlier run left: nothing old may pass for a result of this one."""
-        results = (self.recorded, self.video, self.tracks, self.seed, self.sheet, self.summary, self.report)
-        make_room(self.out, self.logs, *results)
+        self.report = self.out / "report.html"
+        self.results = (self.recorded, self.video, self.tracks, self.seed, self.sheet, self.summary, self.report)
 
 
 class _Demo:

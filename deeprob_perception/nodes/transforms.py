@@ -9,6 +9,7 @@ from rclpy.node import Node
 from rclpy.time import Time
 
 from deeprob_perception.errors import PerceptionError
+from deeprob_perception.messages.cdr import stamp_ns
 
 MAX_AGE = 1.0  # s; a transform that is older says where things were
 
@@ -59,7 +60,7 @@ class Transforms:
             found = self._buffer.lookup_transform(target, source, Time())
         except Exception as error:
             raise TransformError(str(error)) from error
-        newest = found.header.stamp.sec * 10**9 + found.header.stamp.nanosec
+        newest = stamp_ns(found.header)
         if newest:  # else the frames never move
             when, what = (self._node.get_clock().now().nanoseconds, "now") if stamp is None else (stamp, "the stamp asked for")
             apart = (when - newest) / 1e9
